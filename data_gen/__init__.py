@@ -1,0 +1,1 @@
+"""Instruction data from annotations: contexts, teachers, generation."""

@@ -1,0 +1,1 @@
+"""Benchmarks: run a model on questions, score the predictions afterwards."""

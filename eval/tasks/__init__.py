@@ -1,0 +1,1 @@
+"""One file a benchmark: load, prompt, score as pure functions."""

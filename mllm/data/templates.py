@@ -1,0 +1,286 @@
+"""Chat templates, and the split of a rendered conversation into supervised and masked pieces.
+
+A template is a Jinja string, as in every Hugging Face checkpoint: it is saved as `chat_template.jinja`
+and is the only thing that says how a prompt looks. To know *exactly* which characters are an answer,
+contents are not rendered at all: each is replaced by a slot (two private-use characters around its
+number), the template is rendered around the slots, and the text is split at them. So no answer is ever
+searched for in a string, and none is tokenised twice.
+
+The named templates follow LLaVA's `conversation.py` (strings) and `train.py` (what is supervised).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mllm.data.schema import Message, message_text
+from mllm.errors import ConfigError, DataError
+
+IMAGE = "<image>"
+SLOT = re.compile("\ue000(\\d+)\ue001")
+
+# One user message: an image is its marker, a text is its text, in the order given.
+_CONTENT = (
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}"
+)
+_ANSWER = "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'][0]['text'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = default_system %}{% set turns = messages %}{% endif %}"
+)
+
+
+def _with_default_system(text: str) -> str:
+    return "{% set default_system = " + repr(text) + " %}" + _SYSTEM
+
+
+# LLaVA-1.5 stage 1: the image, the caption, a newline. The instruction is not rendered.
+PLAIN = (
+    "BOS{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}" + _ANSWER + "{{ '\\n' }}{% endgeneration %}"
+    "{% elif message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+VICUNA_V1 = (
+    _with_default_system(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    + "BOS{{ system }}{{ ' ' }}{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ 'USER: ' }}" + _CONTENT + "{{ ' ' }}{% else %}"
+    "{{ 'ASSISTANT: ' }}{% generation %}" + _ANSWER + "END{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+
+# A round is `[INST] question [/INST] answer END`; LLaVA puts the system text inside the first one and
+# supervises the space in front of the end token.
+_INST = (
+    "{% for message in turns %}{% if message['role'] == 'user' %}ROUND_BOS{{ '[INST] ' }}"
+    "{% if loop.first and system %}{{ '<<SYS>>\\n' }}{{ system }}{{ '\\n<</SYS>>\\n\\n' }}{% endif %}"
+    + _CONTENT
+    + "{{ ' [/INST] ' }}{% else %}"
+    "{% generation %}" + _ANSWER + "{{ ' ' }}END{% endgeneration %}{% endif %}{% endfor %}"
+)
+LLAVA_LLAMA_2 = _with_default_system(
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+) + _INST.replace("ROUND_BOS", "BOS")
+MISTRAL_INSTRUCT = _with_default_system("") + "BOS" + _INST.replace("ROUND_BOS", "")
+
+# LLaVA's chatml_direct: no newline after <|im_end|>.
+CHATML = (
+    _with_default_system("Answer the questions.")
+    + "{{ '<|im_start|>system\\n' }}{{ system }}END{% for message in turns %}"
+    "{% if message['role'] == 'user' %}{{ '<|im_start|>user\\n' }}" + _CONTENT + "END{% else %}"
+    "{{ '<|im_start|>assistant\\n' }}{% generation %}" + _ANSWER + "END{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+
+TEMPLATES = {
+    "plain": PLAIN,
+    "vicuna_v1": VICUNA_V1,
+    "llava_llama_2": LLAVA_LLAMA_2,
+    "mistral_instruct": MISTRAL_INSTRUCT,
+    "chatml": CHATML,
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of rendered text.
+
+    Attributes:
+        text: the characters.
+        source: `template` (markers are parsed as special tokens), `user` (never parsed: a user who
+            types `</s>` or `<image>` must not end the turn or add an image) or `answer`.
+        supervised: whether its tokens are labels.
+    """
+
+    text: str
+    source: Literal["template", "user", "answer"]
+    supervised: bool
+
+
+def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja template called `name`, fitted to the special tokens that `tokenizer` has.
+
+    `tokenizer` as a name takes the tokenizer's own template. The end of a turn is always one token:
+    `<|im_end|>` for chatml where the vocabulary has it, the tokenizer's end-of-sequence token otherwise.
+    The beginning-of-sequence token is written where the tokenizer itself would write it.
+
+    Raises:
+        ConfigError: unknown name, or a tokenizer that has no template or no end token.
+    """
+    if name == "tokenizer":
+        if not tokenizer.chat_template:
+            raise ConfigError(f"template 'tokenizer': this tokenizer has none; use {', '.join(TEMPLATES)}")
+        return str(tokenizer.chat_template)
+    if name not in TEMPLATES:
+        raise ConfigError(f"unknown template {name!r}; use {', '.join(TEMPLATES)} or 'tokenizer'")
+    end = tokenizer.eos_token
+    if name == "chatml" and "<|im_end|>" in tokenizer.get_vocab():
+        end = "<|im_end|>"
+    if end is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
+    return TEMPLATES[name].replace("BOS", _literal(bos)).replace("END", _literal(end))
+
+
+def _literal(text: str) -> str:
+    return "{{ " + repr(text) + " }}" if text else ""
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its beginning-of-sequence token in front of a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text tokenised alone gets a space in front of it (SentencePiece, some byte-level BPE)."""
+    return tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0][:1] in (
+        "\u2581",
+        "\u0120",
+    )
+
+
+def render(
+    messages: Sequence[Message],
+    template: str,
+    special_tokens: dict[str, Any],
+    *,
+    parts: bool = True,
+    open_answer: bool = False,
+) -> list[Piece]:
+    """Render a conversation and split it into pieces, each masked or supervised.
+
+    Args:
+        messages: canonical messages (see `schema.py`).
+        template: a Jinja template; `{% generation %}` marks what is supervised. Without that mark, the
+            answer and the text up to the end of the first special token after it are supervised.
+        special_tokens: names to strings for the template (`tokenizer.special_tokens_map`).
+        parts: give the template lists of content parts (templates of processors) or one string a
+            message (templates of text-only tokenizers).
+        open_answer: the last message is the user's; end the text where the answer begins.
+
+    Raises:
+        DataError: the template drops or repeats a content, or refuses the conversation.
+    """
+    turns = (
+        [*messages, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
+        if open_answer
+        else messages
+    )
+    slots: list[tuple[str, str]] = []  # (role, text)
+
+    def slot(role: str, text: str) -> str:
+        slots.append((role, text))
+        return f"\ue000{len(slots) - 1}\ue001"
+
+    chat = [{"role": m["role"], "content": _slotted(m, slot, parts)} for m in turns]
+    marked = "{% generation %}" in template
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            **special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from error
+    pieces = _split(texts[0], spans[0] if marked else None, slots, list(special_tokens.values()))
+    if open_answer:
+        last = max(i for i, piece in enumerate(pieces) if piece.source == "answer")
+        pieces = pieces[:last]
+    return pieces
+
+
+def _slotted(message: Any, slot: Any, parts: bool) -> Any:
+    role = message["role"]
+    if role != "user":
+        content: list[Any] = [{"type": "text", "text": slot(role, message_text(message))}]
+    else:
+        content = [
+            {"type": "image"}
+            if part["type"] == "image"
+            else {"type": "text", "text": slot(role, part["text"])}
+            for part in message["content"]
+        ]
+    return content if parts else "".join(part.get("text", IMAGE) for part in content)
+
+
+def _split(
+    text: str,
+    spans: list[tuple[int, int]] | None,
+    slots: list[tuple[str, str]],
+    specials: list[Any],
+) -> list[Piece]:
+    """Cut rendered text at its slots and at the borders of what is supervised."""
+    found = list(SLOT.finditer(text))
+    _check_slots([int(match.group(1)) for match in found], slots)
+    if spans is None:
+        spans = [
+            (match.start(), _end_of_turn(text, match.end(), specials))
+            for match in found
+            if slots[int(match.group(1))][0] == "assistant"
+        ]
+    cuts = sorted(
+        {
+            0,
+            len(text),
+            *(c for match in found for c in match.span()),
+            *(c for s in spans for c in s),
+        }
+    )
+    pieces = []
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        supervised = any(a <= start and stop <= b for a, b in spans)
+        match = SLOT.fullmatch(text, start, stop)
+        if match:
+            role, content = slots[int(match.group(1))]
+            pieces.append(Piece(content, "answer" if role == "assistant" else "user", supervised))
+        else:
+            pieces.append(Piece(text[start:stop], "template", supervised))
+    return pieces
+
+
+def _check_slots(order: list[int], slots: list[tuple[str, str]]) -> None:
+    if order != sorted(set(order)):
+        raise DataError("the chat template repeats or reorders messages; use another template")
+    missing = set(range(len(slots))) - set(order)
+    users = {i for i, (role, _) in enumerate(slots) if role == "user"}
+    # `plain` renders no instruction at all; dropping only some of them would be a silent loss.
+    lost = sorted(missing - users) or (sorted(missing) if missing != users else [])
+    if lost:
+        role, text = slots[lost[0]]
+        raise DataError(
+            f"the chat template has no place for this {role} text: {text[:60]!r}; use another template"
+        )
+
+
+def _end_of_turn(text: str, start: int, specials: list[Any]) -> int:
+    ends = [
+        text.find(token, start) + len(token)
+        for token in specials
+        if isinstance(token, str) and token and text.find(token, start) >= 0
+    ]
+    following = SLOT.search(text, start)
+    limit = following.start() if following else len(text)
+    if not ends or min(ends) > limit:
+        raise DataError(
+            "the tokenizer's own chat template ends an answer with no special token; "
+            "mark what is supervised in it with {% generation %}, or use a named template"
+        )
+    return min(ends)

@@ -1,0 +1,421 @@
+"""Save and load: one directory, complete at every save, checked at every load.
+
+    config.json, generation_config.json           what the model is
+    processor_config.json, tokenizer*, chat_template.jinja    how prompts and pixels are made
+    model*.safetensors                            every tensor that differs from the base models
+    adapter/                                      LoRA tensors, in PEFT's own layout
+    mllm_manifest.json                            base models, tensor list, stage, data, versions, probe
+
+A base model that was loaded from a directory or the Hub and not trained is named, not copied: a stage-1
+checkpoint of a 7B model is 40 MB. Loading looks at nothing but the directory's contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from mllm.errors import CheckpointError
+from mllm.model.configuration import MllmConfig
+from mllm.model.connectors import build_connector
+from mllm.model.lora import canonical_name, inject_lora, is_adapter
+from mllm.model.modeling import PARTS, MllmForConditionalGeneration
+from mllm.model.parts import BASE_LOADERS, Base, fingerprint
+from mllm.model.processing import MllmProcessor
+
+MANIFEST = "mllm_manifest.json"
+ADAPTER_DIR = "adapter"
+FORMAT = 1
+PEFT_PREFIX = "base_model.model."
+# Largest allowed difference of probe logits, relative to their size.
+PROBE_TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 5e-2, "float16": 2e-2}
+
+
+@dataclass
+class Origin:
+    """What a model object remembers of its making, so that a save can leave out what has not changed.
+
+    Attributes:
+        base: for each part, the base it was loaded from; a part without one is saved whole.
+        changed: names of tensors that differ from their base, because this run or an earlier one trained them.
+        parent: directory and manifest hash of the checkpoint that training started from.
+        lora: the LoRA configuration whose adapters are in the model, as PEFT writes it.
+    """
+
+    base: dict[str, Base] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+    parent: dict[str, str] | None = None
+    lora: dict[str, Any] | None = None
+
+
+def origin_of(model: MllmForConditionalGeneration) -> Origin:
+    """The model's origin; a model composed of objects has an empty one and is saved whole."""
+    if not hasattr(model, "origin"):
+        model.origin = Origin()  # type: ignore[assignment]
+    return model.origin  # type: ignore[return-value]
+
+
+def part_of(name: str) -> str:
+    """The part that a tensor belongs to."""
+    return name.split(".", 1)[0]
+
+
+# -- save -------------------------------------------------------------------------------------------
+
+
+def save(
+    model: MllmForConditionalGeneration,
+    processor: MllmProcessor,
+    path: str | Path,
+    *,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint directory; it appears under its name only when it is complete.
+
+    Args:
+        model: the model, with or without LoRA adapters.
+        processor: its processor.
+        path: the directory; replaced if it is there.
+        record: what else the manifest should tell (stage, tune, data, ...).
+
+    Returns:
+        The directory.
+    """
+    path = Path(path)
+    origin = origin_of(model)
+    with atomic_directory(path) as folder:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        weights, adapter = tensors_to_save(model, origin)
+        save_torch_state_dict(weights, folder, max_shard_size="5GB")
+        if adapter:
+            _save_adapter(adapter, origin, folder / ADAPTER_DIR)
+        manifest = {
+            "format": FORMAT,
+            "base": {
+                part: asdict(base) for part, base in origin.base.items() if needs_base(model, part, weights)
+            },
+            "parent": origin.parent,
+            "weights": {name: describe(tensor) for name, tensor in sorted(weights.items())},
+            "adapter": {name: describe(tensor) for name, tensor in sorted(adapter.items())},
+            "probe": probe(model),
+            "versions": {name: _version(name) for name in ("mllm", "torch", "transformers", "peft")},
+            **(record or {}),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def tensors_to_save(
+    model: MllmForConditionalGeneration, origin: Origin
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights, adapter): what differs from the base models, under canonical names; tied tensors once."""
+    trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    weights: dict[str, torch.Tensor] = {}
+    adapter: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        plain = canonical_name(name)
+        if is_adapter(name):
+            adapter[plain] = tensor.detach().contiguous()
+        elif (
+            plain in trained | origin.changed or part_of(name) not in origin.base
+        ) and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            weights[plain] = tensor.detach().contiguous()
+    return weights, adapter
+
+
+def needs_base(model: MllmForConditionalGeneration, part: str, weights: Mapping[str, Any]) -> bool:
+    """Whether some parameter of the part is not among the saved weights."""
+    names = (canonical_name(f"{part}.{name}") for name, _ in getattr(model, part).named_parameters())
+    return any(name not in weights for name in names if not is_adapter(name))
+
+
+def describe(tensor: torch.Tensor) -> dict[str, Any]:
+    """Shape and dtype of a tensor, for the manifest."""
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _save_adapter(adapter: Mapping[str, torch.Tensor], origin: Origin, folder: Path) -> None:
+    folder.mkdir()
+    tensors = {PEFT_PREFIX + name.replace(".default.", "."): tensor for name, tensor in adapter.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(origin.lora, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A new directory that takes the name `path` when the block ends well, and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent / f".{path.name}.tmp-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if path.exists():
+        old = path.parent / f".{path.name}.old-{os.getpid()}"
+        path.rename(old)
+        folder.rename(path)
+        shutil.rmtree(old)
+    else:
+        folder.rename(path)
+
+
+# -- load -------------------------------------------------------------------------------------------
+
+
+def has_manifest(path: Any) -> bool:
+    """Whether `path` is a checkpoint directory of ours."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    base: Mapping[str, str | Path] | None = None,
+) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    """Load a checkpoint directory: `model, processor = mllm.load("runs/instruct")`.
+
+    Args:
+        path: the directory.
+        device: where to put the model.
+        dtype: weights are cast to it; default: as they were saved.
+        base: other places of base models that have moved, by part.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape, a base model is not what it
+            was, or the loaded model does not compute what the saved one did.
+    """
+    path = Path(path)
+    if not has_manifest(path):
+        raise CheckpointError(f"{path}: no {MANIFEST} here; give the directory of a checkpoint saved by mllm")
+    processor = MllmProcessor.from_pretrained(path)
+    return load_model(path, device=device, dtype=dtype, base=base), processor
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    base: Mapping[str, str | Path] | None = None,
+) -> MllmForConditionalGeneration:
+    """The model of a checkpoint directory; see `load`."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    weights = _checked_tensors(path, sorted(path.glob("model*.safetensors")), manifest["weights"])
+    config = MllmConfig.from_pretrained(path)
+    bases = {part: Base(**entry) for part, entry in manifest["base"].items()}
+    for part, source in (base or {}).items():
+        if part not in bases:
+            raise CheckpointError(f"{path}: {part!r} is saved whole, it has no base model to replace")
+        bases[part] = Base(str(source), bases[part].fingerprint)
+    model = _build(config, bases, weights)
+    model.generation_config = GenerationConfig.from_pretrained(path)
+    model.origin = Origin(base=bases, changed=set(weights), parent=manifest.get("parent"))  # type: ignore[assignment]
+    if manifest["adapter"]:
+        _load_adapter(model, path / ADAPTER_DIR, manifest["adapter"])
+    if dtype is not None:
+        model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    model.to(device or "cpu").eval()
+    check_probe(model, manifest["probe"], path)
+    return model
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        CheckpointError: unreadable, or of a format that this version does not know.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}; "
+            "use the mllm version that wrote it"
+        )
+    return manifest
+
+
+def manifest_hash(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's manifest, which names every tensor and the probe."""
+    return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
+
+
+def _checked_tensors(
+    path: Path, files: list[Path], expected: Mapping[str, Mapping[str, Any]], prefix: str = ""
+) -> dict[str, torch.Tensor]:
+    """Tensors of safetensors files, which must be exactly those that the manifest lists."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            tensors.update({name.removeprefix(prefix): t for name, t in load_file(file).items()})
+        except Exception as error:  # safetensors raises its own error type for a broken file
+            raise CheckpointError(f"{file}: cannot be read: {error}") from error
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing:
+        raise CheckpointError(
+            f"{path}: tensor {missing[0]!r} is missing ({len(missing)} in all); copy the checkpoint again"
+        )
+    if extra:
+        raise CheckpointError(f"{path}: tensor {extra[0]!r} is not in the manifest ({len(extra)} in all)")
+    for name, tensor in tensors.items():
+        if describe(tensor) != expected[name]:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is {describe(tensor)}, the manifest says {expected[name]}"
+            )
+    return tensors
+
+
+def _build(
+    config: MllmConfig, bases: Mapping[str, Base], weights: Mapping[str, torch.Tensor]
+) -> MllmForConditionalGeneration:
+    with torch.device("meta"):
+        model = MllmForConditionalGeneration(config)
+    for part in PARTS:
+        own = {
+            name.removeprefix(f"{part}."): tensor for name, tensor in weights.items() if part_of(name) == part
+        }
+        module = _from_base(part, bases[part]) if part in bases else _empty(config, part)
+        _assign(module, own, part, complete=part not in bases)
+        setattr(model, part, module)
+    return model
+
+
+def _empty(config: MllmConfig, part: str) -> Any:
+    """A part with its buffers in place and its weights not yet set."""
+    with no_init_weights():
+        if part == "vision_encoder":
+            return AutoModel.from_config(config.vision_config)
+        if part == "language_model":
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+            language_model.tie_weights()  # skipped together with the initialisation
+            return language_model
+        return build_connector(config.connector, config.vision_dim, config.text_config.hidden_size)
+
+
+def _from_base(part: str, base: Base) -> PreTrainedModel:
+    module = BASE_LOADERS[part](base.source)
+    if fingerprint(base.source, module) != base.fingerprint:
+        raise CheckpointError(
+            f"base model of {part} at {base.source!r} is not the one this checkpoint was trained on; "
+            f"load with base={{{part!r}: <the right one>}}"
+        )
+    return module
+
+
+def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: bool) -> None:
+    """Copy tensors into a part; with `complete`, every tensor of the part must be among them."""
+    own = module.state_dict()
+    unknown = sorted(set(tensors) - set(own))
+    if unknown:
+        raise CheckpointError(f"tensor '{part}.{unknown[0]}' has no place in the model")
+    if complete:
+        # A tied tensor is saved once, under the first of its names.
+        filled = {own[name].data_ptr() for name in tensors}
+        missing = sorted(name for name, tensor in own.items() if tensor.data_ptr() not in filled)
+        if missing:
+            raise CheckpointError(f"tensor '{part}.{missing[0]}' is not in the checkpoint")
+    for name, tensor in tensors.items():
+        if own[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"tensor '{part}.{name}' has shape {list(tensor.shape)}, the model {list(own[name].shape)}"
+            )
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    if complete and dtype is not None:
+        module.to(dtype)
+    with torch.no_grad():
+        own = module.state_dict()
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _load_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    listed = {name.replace(".default.", "."): entry for name, entry in expected.items()}
+    tensors = _checked_tensors(folder, [folder / "adapter_model.safetensors"], listed, PEFT_PREFIX)
+    origin_of(model).lora = inject_lora(model, settings)
+    places = {
+        canonical_name(name).replace(".default.", "."): tensor
+        for name, tensor in model.state_dict().items()
+        if is_adapter(name)
+    }
+    if set(places) != set(tensors):
+        odd = sorted(set(places) ^ set(tensors))[0]
+        raise CheckpointError(f"{folder}: adapter tensor {odd!r} stands on one side only")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            places[name].copy_(tensor)
+
+
+# -- the probe --------------------------------------------------------------------------------------
+
+
+def probe(model: MllmForConditionalGeneration) -> dict[str, Any]:
+    """Logits on a fixed input (one image and eight tokens), sampled over the vocabulary."""
+    config = model.config
+    device = model.get_input_embeddings().weight.device
+    vocab = model.get_input_embeddings().weight.shape[0]
+    text = (torch.arange(8) * 37 + 11) % vocab
+    text[text == config.image_token_id] = 0
+    ids = torch.cat([torch.full((config.num_image_tokens,), config.image_token_id), text])[None].to(device)
+    channels, height, width = config.pixel_shape
+    pixels = torch.cos(torch.arange(channels * height * width) * 0.01).reshape(1, channels, height, width)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = (
+                model(input_ids=ids, pixel_values=pixels.to(device), use_cache=False).logits[0, -2:].float()
+            )
+    finally:
+        model.train(training)
+    step = max(1, vocab // 16)
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "logits": logits[:, ::step][:, :16].cpu().tolist(),
+    }
+
+
+def check_probe(model: MllmForConditionalGeneration, saved: Mapping[str, Any], path: Path) -> None:
+    """Raise unless the loaded model computes what the saved one did, up to the coarser dtype's rounding."""
+    found = probe(model)
+    before, now = torch.tensor(saved["logits"]), torch.tensor(found["logits"])
+    tolerance = max(PROBE_TOLERANCE.get(d, 5e-2) for d in (saved["dtype"], found["dtype"]))
+    difference = (before - now).abs().max() / before.abs().max().clamp(min=1e-6)
+    if not difference <= tolerance:  # also catches NaN
+        raise CheckpointError(
+            f"{path}: the loaded model does not compute what the saved one did (logits differ by "
+            f"{difference:.2g} of their size); the weights were changed or a library computes differently"
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

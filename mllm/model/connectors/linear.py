@@ -1,0 +1,29 @@
+"""One linear layer (LLaVA v1, arXiv 2304.08485 section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mllm.model.connectors.base import Connector
+
+
+class LinearConnector(Connector):
+    """`y = W x + b` on every patch.
+
+    Args:
+        vision_dim: Dv.
+        text_dim: Dt.
+    """
+
+    def __init__(self, vision_dim: int, text_dim: int):
+        super().__init__()
+        self.proj = nn.Linear(vision_dim, text_dim)
+
+    def num_tokens(self, num_patches: int) -> int:
+        """One soft token a patch."""
+        return num_patches
+
+    def forward(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+        """[I, N, Dv] -> [I, N, Dt]."""
+        return self.proj(features)

@@ -1,0 +1,265 @@
+"""Messages and images -> `input_ids`, `labels`, `pixel_values`: the only place where a prompt is built.
+
+The same object prepares training, evaluation, chat and export, and is saved with the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import AddedToken, BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from mllm.data.images import load_image
+from mllm.data.schema import Message, check_roles, images_of
+from mllm.data.templates import IMAGE, Piece, chat_template, render
+from mllm.data.tokens import IGNORE, PieceTokenizer, expand_images
+from mllm.errors import ConfigError, DataError
+
+AspectRatio = Literal["square", "pad"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as token ids, before any image is read.
+
+    Attributes:
+        input_ids: S ids, `num_image_tokens` placeholders an image.
+        labels: S labels, -100 where nothing is supervised.
+        images: paths or PIL images, in the order of their placeholders.
+        dropped_turns: messages removed from the end so that the row fits.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    images: list[Any]
+    dropped_turns: int = 0
+
+
+class MllmProcessor(ProcessorMixin):
+    """Tokenizer, image processor, chat template and the number of tokens an image takes.
+
+    Args:
+        image_processor: any Hugging Face image processor.
+        tokenizer: any Hugging Face tokenizer; an image marker is added to it, no model is resized.
+        chat_template: Jinja template (see `mllm.data.templates`).
+        num_image_tokens: M, soft tokens an image, as the connector says.
+        vocab_size: rows of the language model's embedding; ids beyond it are refused.
+        image_aspect_ratio: `square` leaves the picture to the image processor (LLaVA-1.5 stage 1: resize
+            and centre crop); `pad` first pads to a square with the mean colour (LLaVA-1.5 stage 2).
+        content_parts: whether the template takes lists of content parts (else one string a message).
+        end_token: end of an answer; None means the tokenizer's end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        num_image_tokens: int = 1,
+        vocab_size: int | None = None,
+        image_aspect_ratio: AspectRatio = "square",
+        content_parts: bool = True,
+        end_token: str | None = None,
+        **kwargs: Any,
+    ):
+        if image_aspect_ratio not in ("square", "pad"):
+            raise ConfigError(f"image_aspect_ratio is {image_aspect_ratio!r}; use 'square' or 'pad'")
+        self.num_image_tokens = num_image_tokens
+        self.vocab_size = vocab_size
+        self.image_aspect_ratio = image_aspect_ratio
+        self.content_parts = content_parts
+        self.end_token = end_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if IMAGE not in tokenizer.get_added_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.image_token = IMAGE
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+
+    # -- the template -------------------------------------------------------------------------------
+
+    def set_template(self, name: str) -> None:
+        """Use the named template from now on (`mllm.data.templates`, or `tokenizer` for its own)."""
+        self.chat_template = chat_template(name, self.tokenizer)
+        # A text-only template takes strings: found by trying, because templates do not declare it.
+        self.content_parts = True
+        probe: list[Message] = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": None}, {"type": "text", "text": "a"}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+        ]
+        try:
+            text = "".join(piece.text for piece in self.pieces(probe))
+            self.content_parts = IMAGE in text
+        except DataError:
+            self.content_parts = False
+        last = [piece.text for piece in self.pieces(probe) if piece.supervised][-1].strip()
+        # `plain` ends with a newline, which is no stop token; its answers also end at end-of-sequence.
+        self.end_token = last if last in self.tokenizer.get_vocab() else None
+        self.__dict__.pop("piece_tokenizer", None)
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end an answer: the template's end token and the tokenizer's end-of-sequence token."""
+        tokens = [self.end_token, self.tokenizer.eos_token]
+        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
+        return list(dict.fromkeys(ids))
+
+    @cached_property
+    def piece_tokenizer(self) -> PieceTokenizer:
+        """The tokenizer of pieces, with what it found out about spaces."""
+        return PieceTokenizer(self.tokenizer, self.image_token_id)
+
+    def pieces(self, messages: Sequence[Message], open_answer: bool = False) -> list[Piece]:
+        """The conversation as text, cut where supervision begins and ends."""
+        if self.chat_template is None:
+            raise ConfigError("this processor has no chat template; call set_template(name)")
+        specials = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        return render(
+            messages,
+            self.chat_template,
+            specials,
+            parts=self.content_parts,
+            open_answer=open_answer,
+        )
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The exact prompt, one image marker an image, ending where the answer begins."""
+        return "".join(piece.text for piece in self.pieces(messages, open_answer=True))
+
+    # -- token ids ----------------------------------------------------------------------------------
+
+    def encode(self, messages: Sequence[Message], open_answer: bool = False) -> Encoded:
+        """Token ids and labels of one conversation; no image is read.
+
+        Args:
+            messages: canonical messages; with `open_answer` the last one is the user's.
+            open_answer: end where the assistant's answer begins (for generation).
+
+        Raises:
+            DataError: roles out of order, a template that loses an image, an id the model cannot embed.
+        """
+        check_roles(messages, "conversation")
+        if open_answer != (messages[-1]["role"] == "user"):
+            wanted = "a 'user'" if open_answer else "an 'assistant'"
+            raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")
+        ids, labels = self.piece_tokenizer(self.pieces(messages, open_answer))
+        images = images_of(messages)
+        markers = ids.count(self.image_token_id)
+        if markers != len(images):
+            raise DataError(f"the chat template renders {markers} image markers for {len(images)} images")
+        self._check_vocabulary(ids)
+        ids, labels = expand_images(ids, labels, self.image_token_id, self.num_image_tokens)
+        return Encoded(ids, labels, images)
+
+    def encode_to_fit(self, messages: Sequence[Message], max_length: int | None) -> Encoded:
+        """`encode`, removing whole trailing rounds (user and assistant) until the row fits.
+
+        Raises:
+            DataError: even the first round alone is too long; says how long it is.
+        """
+        kept = list(messages)
+        first = 3 if kept[0]["role"] == "system" else 2
+        while True:
+            row = self.encode(kept)
+            if max_length is None or len(row.input_ids) <= max_length:
+                return Encoded(row.input_ids, row.labels, row.images, len(messages) - len(kept))
+            if len(kept) <= first:
+                raise DataError(
+                    f"the first round needs {len(row.input_ids)} tokens and max_length is {max_length}; "
+                    "raise data.max_length or remove the row"
+                )
+            kept = kept[:-2]
+
+    def _check_vocabulary(self, ids: Sequence[int]) -> None:
+        worst = max((token for token in ids if token != self.image_token_id), default=0)
+        if self.vocab_size is not None and worst >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(worst)
+            raise DataError(
+                f"token {token!r} has id {worst}, but the language model has {self.vocab_size} embeddings; "
+                "use the tokenizer that belongs to the language model"
+            )
+
+    # -- pixels -------------------------------------------------------------------------------------
+
+    def pixels(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
+        """Read and preprocess images.
+
+        Returns:
+            Tensor [I, C, H, W], float32, normalised as the vision encoder expects.
+        """
+        pictures = [load_image(image) for image in images]
+        if self.image_aspect_ratio == "pad":
+            pictures = [pad_to_square(picture, self.mean_colour) for picture in pictures]
+        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+
+    @property
+    def mean_colour(self) -> tuple[int, ...]:
+        """The image processor's mean as a 0-255 colour, rounded down as LLaVA does."""
+        return tuple(int(255 * value) for value in self.image_processor.image_mean)
+
+    # -- batches ------------------------------------------------------------------------------------
+
+    def __call__(  # type: ignore[override]
+        self,
+        conversations: Sequence[Sequence[Message]] | None = None,
+        *,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """A left-padded batch for generation.
+
+        Args:
+            conversations: B conversations that end with a user message.
+            images, text: the Hugging Face way instead: B prompts with one image marker an image, and
+                the images of all prompts in order.
+
+        Returns:
+            `input_ids` [B, S], `attention_mask` [B, S] and, if there is any image, `pixel_values` [I, C, H, W].
+        """
+        if conversations is not None:
+            rows = [self.encode(messages, open_answer=True) for messages in conversations]
+            return self.pad([row.input_ids for row in rows], [image for row in rows for image in row.images])
+        prompts = [text] if isinstance(text, str) else list(text or [])
+        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        ids = [expand_images(i, i, self.image_token_id, self.num_image_tokens)[0] for i in ids]
+        flat = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        flat = [image for group in flat for image in (group if isinstance(group, (list, tuple)) else [group])]
+        return self.pad(ids, flat)
+
+    def pad(self, ids: Sequence[Sequence[int]], images: Sequence[Any]) -> BatchFeature:
+        """Left-pad rows of ids and read their images."""
+        width = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id
+        batch = {
+            "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids]),
+            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+        }
+        if images:
+            batch["pixel_values"] = self.pixels(images)
+        return BatchFeature(batch)
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture centred on a square of `colour` (LLaVA-1.5 stage 2)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+__all__ = ["IGNORE", "Encoded", "MllmProcessor", "pad_to_square"]
