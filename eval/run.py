@@ -76,8 +76,9 @@ def run(
     """
     out, image_root = Path(out), Path(image_root)
     decoder = parse_decode(decode)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; use 1 or more")
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; use 1 or more")
     asked = pope.load(Path(questions))
     prompts = [pope.prompt(q.text, prompt_style) for q in asked]
     find_images(asked, image_root)
@@ -138,7 +139,7 @@ def answer(
     max_new_tokens: int,
     seed: int,
 ) -> list[str]:
-    """One answer a conversation, as text without special tokens, stripped (as LLaVA's and VCD's scripts do)."""
+    """One answer a conversation: text without special tokens, stripped as in LLaVA's and VCD's scripts."""
     inputs = processor(conversations).to(model.device)
     with torch.inference_mode():
         tokens = generate(model, inputs, decode, max_new_tokens=max_new_tokens, seed=seed)
@@ -208,9 +209,7 @@ def _prepare(out: Path, part: Path, meta: Mapping[str, Any], overwrite: bool) ->
         before = None
     if before is not None and not overwrite:
         if difference := _difference(before, meta):
-            raise ConfigError(
-                f"{out}: was begun with other settings: {difference}; restore them, or overwrite"
-            )
+            raise ConfigError(f"{out}: begun with other settings: {difference}; restore them or overwrite")
         return out.exists()
     if out.exists() and not overwrite:
         raise ConfigError(
@@ -257,9 +256,10 @@ def _keep_whole_batches(part: Path, questions: Sequence[Question], batch_size: i
             if number == len(lines):
                 break
             raise DataError(f"{part}:{number}: not JSON; overwrite, or delete the file") from error
-        if number > len(questions) or row.get("question_id") != questions[number - 1].question_id:
+        found = row.get("question_id") if isinstance(row, dict) else None
+        if number > len(questions) or found != questions[number - 1].question_id:
             raise DataError(
-                f"{part}:{number}: is not the next question's answer; overwrite, or delete the file"
+                f"{part}:{number}: does not answer the next question; overwrite, or delete the file"
             )
         ends.append(ends[-1] + len(line) + 1)
     kept = len(ends) - 1

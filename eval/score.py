@@ -35,7 +35,8 @@ def score(
 
     A question file whose rows have a `category` (LLaVA's `llava_pope_test.jsonl`) is scored category by
     category; where its rows have no `label`, `annotations` is the directory that holds the three
-    `coco_pope_{category}.json`, paired by position within the category, as LLaVA does.
+    `coco_pope_{category}.json`, paired by position within the category as LLaVA does (by image and object
+    where the numbers differ).
 
     Args:
         predictions: ours, LLaVA's, VCD's or POPE's format (see `read_predictions`).
@@ -59,10 +60,12 @@ def score(
         raise ConfigError(f"rule {rule!r} is unknown; use one of {', '.join(pope.RULES)}")
     asked = pope.load(questions)
     label_files: dict[str, Path] = {}
+    notes: list[str] = []
     if any(q.label is None for q in asked):
-        asked, label_files = _with_labels(asked, questions, annotations)
+        asked, label_files, notes = _with_labels(asked, questions, annotations)
     given = read_predictions(predictions, answer_field)
-    pairs, notes = pair(asked, given, predictions, match)
+    pairs, remarks = pair(asked, given, predictions, match)
+    notes += remarks
 
     digest, known_as = pope.identify(questions)
     meta = read_meta(predictions)
@@ -203,29 +206,43 @@ def _check_same(question: Question, prediction: Prediction) -> None:
 
 def _with_labels(
     questions: Sequence[Question], file: Path, directory: Path | None
-) -> tuple[list[Question], dict[str, Path]]:
-    """Fill in the labels from `coco_pope_{category}.json`, by position within each category."""
+) -> tuple[list[Question], dict[str, Path], list[str]]:
+    """Fill in the labels from `coco_pope_{category}.json`; returns the questions, the files, and notes."""
     if directory is None:
         raise DataError(
             f"{file}: the rows have no 'label'; give the directory of coco_pope_*.json (annotations)"
         )
-    labels: dict[str, list[str]] = {}
-    paths = {}
+    labels: dict[int | str, str] = {}
+    paths: dict[str, Path] = {}
+    notes: list[str] = []
     for category in dict.fromkeys(q.category or "" for q in questions):
         path = paths[category] = Path(directory) / f"coco_pope_{category}.json"
-        rows, asked = pope.load(path), [q for q in questions if q.category == category]
+        rows, asked = pope.load(path), [q for q in questions if (q.category or "") == category]
         if len(rows) != len(asked):
-            raise DataError(
-                f"{path}: {len(rows)} labels for {len(asked)} questions of category {category!r} in {file}; "
-                "use the label files that the question file was made from"
-            )
+            # LLaVA asks 2910 of the 3000 random questions: numbering differs, what is asked does not.
+            rows = _same_questions(rows, asked, path)
+            notes.append(f"{category}: labels of {path.name} were matched by image and object, not by order")
         for row, question in zip(rows, asked, strict=True):
             if row.label is None:
                 raise DataError(f"{row.where}: field 'label' must be 'yes' or 'no', found None")
             _check_same(question, Prediction("", question=row.text, image=row.image, where=row.where))
-        labels[category] = [str(row.label) for row in rows]
-    streams = {category: iter(values) for category, values in labels.items()}
-    return [replace(q, label=next(streams[q.category or ""])) for q in questions], paths
+            labels[question.question_id] = row.label
+    return [replace(q, label=labels[q.question_id]) for q in questions], paths, notes
+
+
+def _same_questions(rows: Sequence[Question], asked: Sequence[Question], path: Path) -> list[Question]:
+    """For each question the row of the label file that asks about the same object in the same image."""
+    known = {(row.image, pope.asked_object(row.text)): row for row in rows}
+    found = []
+    for question in asked:
+        row = known.get((question.image, pope.asked_object(question.text)))
+        if row is None:
+            raise DataError(
+                f"{path}: {len(rows)} labels for {len(asked)} questions, and none for {question.where}; "
+                "use the label files that the question file was made from"
+            )
+        found.append(row)
+    return found
 
 
 def _all_rules(pairs: Sequence[tuple[Question, Prediction]]) -> dict[str, dict[str, Any]]:

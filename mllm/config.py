@@ -107,7 +107,6 @@ class TrainSection(Section):
     deepspeed: str | None = Field(None, description="a file of ds_configs/")
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")
     resume: bool | str = Field(False, description="true continues the last checkpoint of output_dir")
-    max_bad_steps: int = Field(3, ge=1, description="stop after so many steps in a row with a bad loss")
 
 
 class RunConfig(Section):
@@ -189,7 +188,9 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         known = _fields_at(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"unknown key {where!r}; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        return f"unknown key {where!r}; " + (
+            f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        )
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")

@@ -204,7 +204,8 @@ def wilson(right: int, n: int, z: float = 1.959963984540054) -> list[float]:
     p, spread = right / n, z * z / n
     middle = (p + spread / 2) / (1 + spread)
     half = z * math.sqrt(p * (1 - p) / n + spread / (4 * n)) / (1 + spread)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    # The ends are exact there; rounding would put them beside.
+    return [middle - half if right else 0.0, middle + half if right < n else 1.0]
 
 
 def _ratio(over: float, under: float, why_none: str, notes: list[str]) -> float:

@@ -148,7 +148,12 @@ def _ask(
             used.add(negative)
             for thing, label in ((positive, "yes"), (negative, "no")):
                 rows.append(
-                    {"question_id": len(rows) + 1, "image": name, "text": _question(thing), "label": label}
+                    {
+                        "question_id": len(rows) + 1,
+                        "image": name,
+                        "text": question_about(thing),
+                        "label": label,
+                    }
                 )
     return rows
 
@@ -161,7 +166,8 @@ def _draw_absent(kinds: Sequence[str], used: set[str], rng: random.Random) -> st
     return thing
 
 
-def _question(thing: str) -> str:
+def question_about(thing: str) -> str:
+    """The question, with the article that the first letter asks for."""
     return f"Is there {'an' if thing[0].lower() in 'aeiou' else 'a'} {thing} in the image?"
 
 

@@ -1,12 +1,12 @@
 """Guarded image decoding: one file in, one RGB image or one clear error out.
 
-Every image of the project is opened here, in training, evaluation and chat alike. What is decided here:
+Every image of the project is opened here, in training, evaluation and chat alike. What it decides:
 
-- Transparency is laid over white. Dropping the alpha channel instead would show whatever colour lies
-  under the transparent pixels, most often black under black text.
+- Transparency is laid over white. Dropping the alpha channel instead would show whatever colour
+  lies under the transparent pixels, most often black under black text.
 - The EXIF orientation is applied, so that the model sees what a viewer shows.
-- 16-bit greyscale keeps its high byte, as Pillow does for 16-bit colour. 32-bit and float pixels are
-  refused, because their range is not known.
+- 16-bit greyscale keeps its high byte, as Pillow does for 16-bit colour. 32-bit and float pixels
+  are refused, because their range is not known.
 - Of an animation or a multi-page file the first frame is taken. Colour profiles are ignored.
 - Truncated files are refused. (They load grey from the cut on if a program sets Pillow's global
   `ImageFile.LOAD_TRUNCATED_IMAGES`; nothing here does.)
@@ -24,9 +24,10 @@ from PIL import Image, UnidentifiedImageError
 
 from mllm.errors import DataError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# MPO, the multi-picture JPEG of some phones, is opened by the JPEG plugin.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
-# Just under the size at which Pillow itself starts to warn, so that this limit is the one that is met.
+# Just under the size at which Pillow itself starts to warn, so that this limit is met first.
 MAX_PIXELS = 89_000_000
 
 _EXIF_ORIENTATION = 0x0112
@@ -63,33 +64,32 @@ def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Ima
         where: the row that names the image (`file:line`), put in front of every message.
 
     Raises:
-        DataError: the file is missing, a directory, empty, truncated, too large or of no known format.
+        DataError: the file is missing, a directory, empty, truncated, too large or of no known
+            format.
     """
     where = f"{where}: " if where else ""
     if isinstance(image, Image.Image):
         return _decode(image, f"{where}the image in memory")
     if not isinstance(image, (str, PathLike)):
-        raise DataError(
-            f"{where}an image must be a path or a PIL image, found {type(image).__name__}"
-        )
+        raise DataError(f"{where}an image must be a path or a PIL image, found {type(image).__name__}")
     name = f"{where}image {str(image)!r}"
     if str(image).startswith(("http://", "https://", "data:")):
-        raise DataError(
-            f"{name[: len(where) + 80]} is not a file; download it and give the path of the file"
-        )
+        raise DataError(f"{name[: len(where) + 80]} is not a file; download it and give the path of the file")
     path = Path(image)
     _check_file(path, name)
     try:
         opened = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError:
         raise DataError(
-            f"{name} is not a readable {', '.join(FORMATS)} file (a damaged header, or another format); "
-            "replace it, or convert it to JPEG or PNG"
+            f"{name} is not a readable {', '.join(FORMATS)} file (another format, or a damaged header)"
+            "; replace it, or convert it to JPEG or PNG"
         ) from None
     except Image.DecompressionBombError:
         raise DataError(f"{name} {_too_large()}") from None
+    except PermissionError as error:
+        raise DataError(f"{name} cannot be read ({_one_line(error)}); fix its permissions") from None
     except _DECODE_ERRORS as error:
-        raise DataError(f"{name} cannot be opened ({_one_line(error)}); replace the file") from None
+        raise _damaged(name, error) from None
     with opened:
         return _decode(opened, name)
 
@@ -122,9 +122,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     except DataError:
         raise
     except _DECODE_ERRORS as error:
-        raise DataError(
-            f"{name} is damaged or truncated ({_one_line(error)}); download it again or remove the row"
-        ) from None
+        raise _damaged(name, error) from None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -144,7 +142,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8. Broken metadata do not make the pixels bad: they count as upright."""
+    """The EXIF orientation, 1 to 8; broken metadata do not make the pixels bad: they count as 1."""
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except (*_DECODE_ERRORS, AttributeError, KeyError):
@@ -155,6 +153,12 @@ def _orientation(image: Image.Image) -> int:
 def _transpose(image: Image.Image, orientation: int) -> Image.Image:
     method = _TRANSPOSE.get(orientation)
     return image if method is None else image.transpose(method)
+
+
+def _damaged(name: str, error: BaseException) -> DataError:
+    return DataError(
+        f"{name} is damaged or truncated ({_one_line(error)}); download it again or remove the row"
+    )
 
 
 def _too_large() -> str:

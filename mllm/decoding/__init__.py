@@ -118,7 +118,7 @@ def generate(
     tensors = {
         name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in inputs.items()
     }
-    arguments = _neutral(model) | generate_kwargs | {"max_new_tokens": max_new_tokens}
+    arguments = _neutral(model, generate_kwargs) | {"max_new_tokens": max_new_tokens}
     arguments["suppress_tokens"] = _suppressed(model, generate_kwargs.get("suppress_tokens"))
     arguments |= decoder.generate_kwargs(model, tensors, streamer)
     with _seeded(seed, model.device):
@@ -126,15 +126,15 @@ def generate(
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
-def _neutral(model: Any) -> dict[str, Any]:
-    """Options that undo a model's own habits of search, and name its padding."""
+def _neutral(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Options that undo a model's own habits of search, with the options `given` on top."""
     own = model.generation_config.to_dict()
     habits = (name for name, value in own.items() if value is not None and name not in _KEPT)
-    neutral: dict[str, Any] = dict.fromkeys(habits)
-    eos, pad = own.get("eos_token_id"), own.get("pad_token_id")
+    options = {**dict.fromkeys(habits), "num_beams": 1, "num_return_sequences": 1, **given}
+    eos, pad = (given.get(name, own.get(name)) for name in ("eos_token_id", "pad_token_id"))
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
-    return {**neutral, "num_beams": 1, "num_return_sequences": 1, "pad_token_id": pad}
+    return {**options, "pad_token_id": pad}
 
 
 def _suppressed(model: Any, others: list[int] | None) -> list[int] | None:
@@ -143,8 +143,10 @@ def _suppressed(model: Any, others: list[int] | None) -> list[int] | None:
     An untrained head can choose it, and a placeholder without an image stops the next step.
     """
     image = getattr(model.config, "image_token_id", None)
-    held = image is not None and image < model.config.get_text_config().vocab_size
-    return [*(others or []), *([image] if held else [])] or None
+    tokens = list(others or [])
+    if image is not None and 0 <= image < model.config.get_text_config().vocab_size:
+        tokens.append(image)
+    return tokens or None
 
 
 @contextmanager

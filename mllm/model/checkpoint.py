@@ -51,7 +51,7 @@ class Origin:
 
     Attributes:
         base: for each part, the base it was loaded from; a part without one is saved whole.
-        changed: names of tensors that differ from their base, because this run or an earlier one trained them.
+        changed: names of tensors that differ from their base, as this or an earlier run trained them.
         parent: directory and manifest hash of the checkpoint that training started from.
         lora: the LoRA configuration whose adapters are in the model, as PEFT writes it.
     """
@@ -161,7 +161,12 @@ def _save_adapter(adapter: Mapping[str, torch.Tensor], origin: Origin, folder: P
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A new directory that takes the name `path` when the block ends well, and vanishes when it does not."""
+    """A folder to write into, whose files appear at `path` together when the block ends well.
+
+    A new directory appears by one rename. In one that is there already (a run's `output_dir` also holds
+    its logs and intermediate checkpoints) the old manifest goes first and the new one comes last, so that
+    a directory with a manifest is always whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.parent / f".{path.name}.tmp-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -171,13 +176,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if path.exists():
-        old = path.parent / f".{path.name}.old-{os.getpid()}"
-        path.rename(old)
+    if not path.exists():
         folder.rename(path)
-        shutil.rmtree(old)
-    else:
-        folder.rename(path)
+        return
+    (path / MANIFEST).unlink(missing_ok=True)
+    for old in path.glob("model*.safetensors*"):
+        old.unlink()
+    shutil.rmtree(path / ADAPTER_DIR, ignore_errors=True)
+    for new in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+        new.replace(path / new.name)
+    folder.rmdir()
 
 
 # -- load -------------------------------------------------------------------------------------------
@@ -241,6 +249,21 @@ def load_model(
     model.to(device or "cpu").eval()
     check_probe(model, manifest["probe"], path)
     return model
+
+
+def restore(model: MllmForConditionalGeneration, path: Path) -> None:
+    """Copy a checkpoint's tensors into a model of the same make (to resume a run)."""
+    manifest = read_manifest(path)
+    weights = _checked_tensors(path, sorted(path.glob("model*.safetensors")), manifest["weights"])
+    own = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
+    missing = sorted(set(weights) - set(own))
+    if missing:
+        raise CheckpointError(f"{path}: tensor {missing[0]!r} has no place in the model of this run")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    if manifest["adapter"]:
+        _copy_adapter(model, path / ADAPTER_DIR, manifest["adapter"])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -355,10 +378,19 @@ def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: 
 
 
 def _load_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    """Insert the adapters that a checkpoint was saved with."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'}: cannot be read: {error}") from error
+    origin_of(model).lora = inject_lora(model, settings)
+    _copy_adapter(model, folder, expected)
+
+
+def _copy_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
+    # PEFT's file leaves out the adapter's name, which stands in the model's own tensor names.
     listed = {name.replace(".default.", "."): entry for name, entry in expected.items()}
     tensors = _checked_tensors(folder, [folder / "adapter_model.safetensors"], listed, PEFT_PREFIX)
-    origin_of(model).lora = inject_lora(model, settings)
     places = {
         canonical_name(name).replace(".default.", "."): tensor
         for name, tensor in model.state_dict().items()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import Origin
@@ -54,45 +54,20 @@ def compose(
     Returns:
         (model, processor).
     """
-    if vision_feature_select not in ("patch", "full"):
-        raise ConfigError(f"vision_feature_select is {vision_feature_select!r}; use 'patch' or 'full'")
-    settings = {"type": connector} if isinstance(connector, str) else dict(connector)
     vision = load_vision_encoder(vision_encoder, dtype)
     text = load_language_model(language_model, dtype, attn_implementation)
-    processor_source = image_processor if image_processor is not None else vision_encoder
-    tokenizer_source = tokenizer if tokenizer is not None else language_model
-    images = load_named(AutoImageProcessor, processor_source, "image_processor")
-    tokens = load_named(AutoTokenizer, tokenizer_source, "tokenizer")
-
-    pixel_shape = images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"].shape[1:]
-    total, prefix, vision_dim = feature_shape(
-        vision.config, AutoModel.from_config, pixel_shape, vision_feature_layer
-    )
-    prefix = prefix if vision_feature_select == "patch" else 0
-    config = MllmConfig(
-        # Copies: building a configuration resets the attention implementation of those inside it.
-        vision_config=deepcopy(vision.config),
-        text_config=deepcopy(text.config),
-        connector=settings,
+    config, processor = describe(
+        vision.config,
+        text.config,
+        connector,
+        tokenizer=tokenizer if tokenizer is not None else language_model,
+        image_processor=image_processor if image_processor is not None else vision_encoder,
+        template=template,
         vision_feature_layer=vision_feature_layer,
-        num_prefix_tokens=prefix,
-        num_patches=total - prefix,
-        vision_dim=vision_dim,
-        pixel_shape=list(pixel_shape),
-    )
-    module = build_connector(settings, vision_dim, config.text_config.hidden_size)
-    config.num_image_tokens = module.num_tokens(config.num_patches)
-    vocab_size = text.get_input_embeddings().weight.shape[0]
-    processor = MllmProcessor(
-        images,
-        tokens,
-        num_image_tokens=config.num_image_tokens,
-        vocab_size=vocab_size,
+        vision_feature_select=vision_feature_select,
         image_aspect_ratio=image_aspect_ratio,
     )
-    processor.set_template(template)
-    config.image_token_id = processor.image_token_id
-
+    module = build_connector(config.connector, config.vision_dim, config.text_config.hidden_size)
     model = _assemble(config, vision, module.to(dtype or torch.float32), text)
     set_generation_defaults(model, processor)
     sources = {"vision_encoder": (vision_encoder, vision), "language_model": (language_model, text)}
@@ -106,8 +81,59 @@ def compose(
     return model, processor
 
 
+def describe(
+    vision_config: PreTrainedConfig,
+    text_config: PreTrainedConfig,
+    connector: Mapping[str, Any] | str = "mlp",
+    *,
+    tokenizer: Any,
+    image_processor: Any,
+    template: str = "vicuna_v1",
+    vision_feature_layer: FeatureLayer = -2,
+    vision_feature_select: str = "patch",
+    image_aspect_ratio: AspectRatio = "square",
+) -> tuple[MllmConfig, MllmProcessor]:
+    """The configuration and the processor of a model, from configurations alone: no weights are read.
+
+    Arguments as in `compose`.
+    """
+    if vision_feature_select not in ("patch", "full"):
+        raise ConfigError(f"vision_feature_select is {vision_feature_select!r}; use 'patch' or 'full'")
+    images = load_named(AutoImageProcessor, image_processor, "image_processor")
+    tokens = load_named(AutoTokenizer, tokenizer, "tokenizer")
+    pixels = images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
+    total, prefix, vision_dim = feature_shape(
+        vision_config, AutoModel.from_config, pixels.shape[1:], vision_feature_layer
+    )
+    prefix = prefix if vision_feature_select == "patch" else 0
+    config = MllmConfig(
+        # Copies: building a configuration resets the attention implementation of those inside it.
+        vision_config=deepcopy(vision_config),
+        text_config=deepcopy(text_config),
+        connector={"type": connector} if isinstance(connector, str) else dict(connector),
+        vision_feature_layer=vision_feature_layer,
+        num_prefix_tokens=prefix,
+        num_patches=total - prefix,
+        vision_dim=vision_dim,
+        pixel_shape=list(pixels.shape[1:]),
+    )
+    with torch.device("meta"):
+        module = build_connector(config.connector, vision_dim, text_config.hidden_size)
+    config.num_image_tokens = module.num_tokens(config.num_patches)
+    processor = MllmProcessor(
+        images,
+        tokens,
+        num_image_tokens=config.num_image_tokens,
+        vocab_size=text_config.vocab_size,
+        image_aspect_ratio=image_aspect_ratio,
+    )
+    processor.set_template(template)
+    config.image_token_id = processor.image_token_id
+    return config, processor
+
+
 def _assemble(config: MllmConfig, vision: PreTrainedModel, connector: Any, text: PreTrainedModel) -> Any:
-    """Put existing parts under one roof: an empty model is built on no memory, then its parts are replaced."""
+    """Put existing parts under one roof: a model is built without memory, then its parts are replaced."""
     with torch.device("meta"):
         model = MllmForConditionalGeneration(config)
     model.vision_encoder, model.connector, model.language_model = vision, connector, text

@@ -26,7 +26,7 @@ class MllmConfig(PreTrainedConfig):
     """
 
     model_type = "mllm"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Load a checkpoint directory of ours (checked against its manifest), or plain Hugging Face weights."""
+        """Load a checkpoint directory of ours, checked against its manifest, or plain weights."""
         from mllm.model.checkpoint import has_manifest, load_model  # checkpoint imports this module
 
         if has_manifest(pretrained_model_name_or_path):
@@ -155,7 +155,8 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            # A cache filled during training would only take memory.
+            use_cache=False if use_cache is None and labels is not None else use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )

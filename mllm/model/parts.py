@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import MODEL_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from mllm.errors import ConfigError
 
@@ -21,18 +27,21 @@ class Base:
     fingerprint: str
 
 
+def load_vision_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a vision model; of a CLIP-like pair, the vision half's."""
+    config = load_named(AutoConfig, source, "vision_encoder")
+    return getattr(config, "vision_config", config)
+
+
 def load_vision_encoder(
     source: str | Path | PreTrainedModel, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
     """A vision model; of a CLIP-like pair, the vision half."""
     if isinstance(source, PreTrainedModel):
         return source.vision_model if hasattr(source.config, "vision_config") else source
-    config = load_named(AutoConfig, source, "vision_encoder")
-    vision_config = getattr(config, "vision_config", config)
-    model_class = MODEL_MAPPING[type(vision_config)]
-    return load_named(
-        model_class, source, "vision_encoder", config=vision_config, dtype=dtype or torch.float32
-    )
+    config = load_vision_config(source)
+    model_class = MODEL_MAPPING[type(config)]
+    return load_named(model_class, source, "vision_encoder", config=config, dtype=dtype or torch.float32)
 
 
 def load_language_model(
@@ -51,7 +60,7 @@ BASE_LOADERS = {"vision_encoder": load_vision_encoder, "language_model": load_la
 
 
 def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
-    """`factory.from_pretrained(source)`, with an error that names the part; an object is returned as it is."""
+    """`factory.from_pretrained(source)`, with an error that names the part; an object is returned."""
     if not isinstance(source, (str, Path)):
         if isinstance(source, PreTrainedModel):
             raise ConfigError(f"{what}: say which one; the model was given as an object, which has none")
@@ -61,7 +70,8 @@ def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{what}: cannot load {str(source)!r}: {first_line} (give a directory, or a Hub name that can be reached)"
+            f"{what}: cannot load {str(source)!r}: {first_line} "
+            "(give a directory, or a Hub name that can be reached)"
         ) from error
 
 

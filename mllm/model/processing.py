@@ -226,7 +226,7 @@ class MllmProcessor(ProcessorMixin):
                 the images of all prompts in order.
 
         Returns:
-            `input_ids` [B, S], `attention_mask` [B, S] and, if there is any image, `pixel_values` [I, C, H, W].
+            `input_ids` and `attention_mask` [B, S]; `pixel_values` [I, C, H, W] if there is any image.
         """
         if conversations is not None:
             rows = [self.encode(messages, open_answer=True) for messages in conversations]

@@ -8,11 +8,13 @@ the connector has learnt to speak in this vocabulary.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm.quickstart.wording import ONE_WORD, Turn, captions, instruction_rows, world_rows
 from mllm.quickstart.world import IMAGE_SIZE, Habits, Scene, SceneObject
@@ -22,6 +24,8 @@ SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+# A word with the space in front of it, a number, punctuation, or space.
+WORDS = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 PATCH = 16  # pixels a side, as in the vision encoder
 MIN_COVER = 0.15  # share of a patch that an object must cover to be named on the map
 
@@ -52,14 +56,14 @@ def _talk(context: str, turns: Sequence[Turn]) -> list[Piece]:
     for i, (question, answer) in enumerate(turns):
         opening = "USER: " if i else ""
         pieces += [
-            Piece(f"{opening}{question} ASSISTANT:", False),
-            Piece(f" {answer}</s>", True),
+            Piece(f"{opening}{question} ASSISTANT: ", False),
+            Piece(f"{answer}</s>", True),
         ]
     return pieces
 
 
 def scene_map(scene: Scene, rng: random.Random) -> str:
-    """One word for each patch in reading order: a kind or a colour of what covers it, or the ground."""
+    """One word a patch in reading order: kind or colour of what covers it, or the ground."""
     named: dict[SceneObject, int] = {}
     words = []
     for y in range(0, IMAGE_SIZE, PATCH):
@@ -73,7 +77,7 @@ def scene_map(scene: Scene, rng: random.Random) -> str:
             named[obj] = turn + 1
             choices = ([obj.kind], [obj.colour], [obj.kind, obj.colour])[min(turn, 2)]
             words.append(rng.choice(choices))
-    return " ".join(words)
+    return "".join(f" {word}" for word in words)
 
 
 def _cover(obj: SceneObject, x: int, y: int) -> float:
@@ -84,9 +88,7 @@ def _cover(obj: SceneObject, x: int, y: int) -> float:
     return max(0, across) * max(0, down) / PATCH**2
 
 
-def documents(
-    scenes: Sequence[Scene], habits: Habits, seed: int
-) -> Iterator[list[Piece]]:
+def documents(scenes: Sequence[Scene], habits: Habits, seed: int) -> Iterator[list[Piece]]:
     """Endless documents: the scenes over and over in new orders, every time said differently."""
     rng = random.Random(f"corpus/{seed}")
     while True:
@@ -94,25 +96,42 @@ def documents(
             yield document(scene, rng, habits)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+def encode(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids and labels of a document; -100 where a label is masked.
+
+    Answers are tokenised alone, as they are in training on images.
+    """
+    ids, labels = [tokenizer.bos_token_id], [-100]
+    for learnt, run in groupby(pieces, key=lambda piece: piece.learnt):
+        text = "".join(piece.text for piece in run)
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += tokens
+        labels += tokens if learnt else [-100] * len(tokens)
+    return ids, labels
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts <s> in front; any text can be encoded.
 
-    The preamble and LLaVA's one-word request are one token each: they stand in nearly every row,
-    and a tiny model on a CPU should not pay thirty positions for them.
+    The preamble and LLaVA's one-word request are never split into words, so that each becomes one
+    token: a tiny model on a CPU should not pay forty positions a row for them.
     """
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        (text.replace(SYSTEM, "").replace(ONE_WORD, "").replace("</s>", "") for text in texts),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    tokenizer = Tokenizer(models.BPE())
+    whole = "|".join(re.escape(text) for text in (SYSTEM, ONE_WORD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{whole}|{WORDS}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-    tokenizer.add_tokens([AddedToken(SYSTEM, normalized=False), AddedToken(ONE_WORD, normalized=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text.replace("</s>", "") for text in texts), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )

@@ -95,9 +95,7 @@ def _grouped(nouns: Sequence[str]) -> list[str]:
 
 def caption_positions(scene: Scene, with_size: bool = False) -> str:
     """Every object with colour and place, in reading order."""
-    phrases = [
-        f"{with_article(noun_of(obj, with_size))} {place_of(obj)}" for obj in scene.objects
-    ]
+    phrases = [f"{with_article(noun_of(obj, with_size))} {place_of(obj)}" for obj in scene.objects]
     return sentence(f"{SETTINGS[scene.background]} there is {enumerate_phrases(phrases)}")
 
 
@@ -134,9 +132,7 @@ def captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]:
     return [kinds[i % len(kinds)]() for i in range(n)]
 
 
-def instruction_rows(
-    scene: Scene, rng: random.Random, habits: Habits, n_turns: int = 6
-) -> list[Turn]:
+def instruction_rows(scene: Scene, rng: random.Random, habits: Habits, n_turns: int = 6) -> list[Turn]:
     """Questions about a scene with true answers; about two thirds ask whether a kind is there.
 
     Yes and no are equally likely. The absent kinds come in thirds from: any kind, frequent kinds,
@@ -216,9 +212,7 @@ def _how_many(scene: Scene, rng: random.Random, habits: Habits) -> Turn:
     count = scene.counts[kind]
     verb, noun = ("is", kind) if count == 1 else ("are", plural(kind))
     question = f"How many {plural(kind)} are there?"
-    return _answer(
-        question, NUMBERS[count].capitalize(), f"There {verb} {NUMBERS[count]} {noun}.", rng
-    )
+    return _answer(question, NUMBERS[count].capitalize(), f"There {verb} {NUMBERS[count]} {noun}.", rng)
 
 
 def left_neighbour(scene: Scene, obj: SceneObject) -> SceneObject | None:

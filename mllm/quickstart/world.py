@@ -106,9 +106,7 @@ class Habits:
     partners: dict[str, tuple[str, ...]]  # kind -> other kinds, most often seen together first
 
 
-def make_scenes(
-    n: int, seed: int, split: str = "train", exceptions: float | None = None
-) -> list[Scene]:
+def make_scenes(n: int, seed: int, split: str = "train", exceptions: float | None = None) -> list[Scene]:
     """Draw `n` scenes; the same (seed, split) always gives the same ones, other splits give others.
 
     Args:
@@ -133,8 +131,7 @@ def measure_habits(scenes: Iterable[Scene]) -> Habits:
     return Habits(
         popular=_ranked(frequency, [*KINDS]),
         partners={
-            kind: _ranked(together[kind], [other for other in KINDS if other != kind])
-            for kind in KINDS
+            kind: _ranked(together[kind], [other for other in KINDS if other != kind]) for kind in KINDS
         },
     )
 

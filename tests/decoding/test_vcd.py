@@ -339,15 +339,28 @@ def test_text_only_batch(model):
 def test_rows_end_at_different_times(model):
     inputs = batch(model, prompts(1, 0, 2, seed=6))
     free = generate(model, inputs, "vcd", max_new_tokens=STEPS).tolist()
-    ends = [free[0][1], free[1][3]]
-    stopped = generate(model, inputs, "vcd", max_new_tokens=STEPS, eos_token_id=ends)
-    lengths = []
-    for row, full in zip(stopped.tolist(), free, strict=True):
-        length = next((i + 1 for i, token in enumerate(full) if token in ends), STEPS)
-        lengths.append(length)
-        assert row == full[:length] + [PAD] * (len(row) - length)
-    assert stopped.shape[1] == max(lengths)
+
+    def lengths_if(ends: list[int]) -> list[int]:
+        return [next((i for i, t in enumerate(row, 1) if t in ends), STEPS) for row in free]
+
+    pairs = [[token, VOCAB - 2] for token in range(1, VOCAB - 2)]
+    ends = max(pairs, key=lambda pair: len(set(lengths_if(pair))))
+    lengths = lengths_if(ends)
     assert len(set(lengths)) > 1
+    stopped = generate(model, inputs, "vcd", max_new_tokens=STEPS, eos_token_id=ends)
+    assert stopped.shape[1] == max(lengths)
+    for row, full, length in zip(stopped.tolist(), free, lengths, strict=True):
+        assert row == full[:length] + [PAD] * (len(row) - length)
+
+
+@pytest.mark.parametrize("decode", ["greedy", "vcd"])
+def test_pads_with_the_end_token_where_there_is_no_padding_token(llava, decode):
+    llava.generation_config.pad_token_id = None
+    inputs = batch(llava, prompts(1, 0, 2, seed=6))
+    end = generate(llava, inputs, decode, max_new_tokens=1)[0].item()
+    tokens = generate(llava, inputs, decode, max_new_tokens=4, eos_token_id=end)
+    assert tokens[0].tolist() == [end] * tokens.shape[1]
+    assert tokens.shape[1] > 1
 
 
 def test_stopping_criteria_see_the_clean_rows(llava):

@@ -1,0 +1,93 @@
+"""Any known format to our JSON Lines: `mllm data convert`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+from mllm.data.files import atomic_writer, track
+from mllm.data.rows import open_rows
+from mllm.errors import ConfigError, DataError
+
+
+@dataclass
+class Conversion:
+    """What a conversion did."""
+
+    output: Path
+    rows: int = 0
+    images: int = 0
+    bad: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first_bad: str = ""
+
+
+def convert(
+    source: str | PathLike[str],
+    output: str | PathLike[str],
+    *,
+    format: str = "auto",
+    image_root: str | PathLike[str] | None = None,
+    check_images: bool = False,
+    per: str = "caption",
+    on_error: str = "error",
+    max_bad: float = 0.01,
+    progress: bool = True,
+) -> Conversion:
+    """Write every row of `source` to `output` in our schema, one JSON object a line.
+
+    The output appears whole or not at all. Image paths stay as they are written, relative to the same
+    `image_root`, which is only looked into when `check_images` is set.
+
+    Args:
+        source: a file that `open_rows` reads.
+        output: the JSON Lines file to write; an older one is replaced.
+        format: as for `open_rows`.
+        image_root: the folder that image paths are relative to.
+        check_images: a row whose image file is missing is a bad row.
+        per: as for `open_rows`.
+        on_error: `error` stops at the first bad row; `skip` leaves bad rows out and counts them.
+        max_bad: with `skip`, the largest share of bad rows that is still accepted.
+        progress: show a progress bar on the error stream.
+
+    Raises:
+        DataError: a bad row, too many bad rows, or none that is good.
+    """
+    source, output = Path(source), Path(output)
+    if on_error not in ("error", "skip"):
+        raise ConfigError(f"on_error is {on_error!r}; use 'error' or 'skip'")
+    if output.exists() and output.samefile(source):
+        raise DataError(f"{output} is the file that is read; write to another")
+    rows = open_rows(source, format, image_root, check_images=check_images, per=per)
+    done = Conversion(output)
+    with atomic_writer(output) as file:
+        for i in track(range(len(rows)), f"convert {source.name}", len(rows), progress):
+            try:
+                row = rows.as_written(i)
+                rows.resolve(row, rows.where(i))  # raises where an image is missing
+            except DataError as error:
+                if on_error == "error":
+                    raise
+                done.bad += 1
+                done.first_bad = done.first_bad or str(error)
+                done.reasons[_reason(str(error), rows.where(i))] += 1
+                continue
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            done.rows += 1
+            done.images += sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
+        if done.rows == 0 or done.bad > max_bad * len(rows):
+            raise DataError(
+                f"{source}: {done.bad} of {len(rows)} rows are bad, more than the share "
+                f"max_bad={max_bad} allows; the first: {done.first_bad}"
+            )
+    return done
+
+
+def _reason(message: str, where: str) -> str:
+    """The message without what differs from row to row, so that equal faults are counted together."""
+    text = re.sub(r"^ \(id .*?\)(?=: )", "", message.removeprefix(where)).lstrip(": ")
+    return re.sub(r"\d+", "N", re.sub(r"(?<=file )'[^']*'", "'...'", text))

@@ -1,0 +1,131 @@
+"""Lazy rows: a file of any known format as a sequence of rows, each parsed when it is asked for.
+
+Only byte offsets are held in memory (16 bytes a row), so a 3 GB file costs a few megabytes, and a copy
+that goes to a dataloader worker is as small. No file stays open: each access opens, reads one row and
+closes, which is safe under any way of starting workers.
+
+JSON Lines and JSON lists are lazy. COCO captions are one JSON object that must be read whole; turn a
+large one into JSON Lines once, with `mllm data convert`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import overload
+
+from mllm.data.readers import READERS, Reader
+from mllm.data.schema import Message, Part, Row, image_part
+from mllm.data.sources import Source, open_source
+from mllm.errors import DataError
+
+
+class Rows(Sequence[Row]):
+    """The rows of one file. Get them from `open_rows`."""
+
+    def __init__(
+        self, path: Path, reader: Reader, source: Source, image_root: Path | None, check_images: bool
+    ) -> None:
+        self.path = path
+        self.image_root = image_root
+        self.check_images = check_images
+        self._reader = reader
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # negative indices, and IndexError
+        return self.resolve(self.as_written(index), self.where(index))
+
+    def as_written(self, index: int) -> Row:
+        """Row `index` with its image paths as the file has them."""
+        return self._reader(self._source.raw(index), self.where(index))
+
+    def resolve(self, row: Row, where: str) -> Row:
+        """The row with its image paths under the image root, and found there if that is asked for."""
+        messages: list[Message] = [
+            {
+                "role": message["role"],
+                "content": [self._resolve(p, f"{where} (id {row['id']})") for p in message["content"]],
+            }
+            for message in row["messages"]
+        ]
+        return {"id": row["id"], "messages": messages}
+
+    def where(self, index: int) -> str:
+        """Where a row stands in its file, as errors name it."""
+        return self._source.where(index)
+
+    def _resolve(self, part: Part, where: str) -> Part:
+        if part["type"] != "image":
+            return part
+        image = part["image"]
+        if not isinstance(image, str):
+            raise DataError(f"{where}: field 'image' must be a path, found {str(image)[:60]!r}")
+        path = image if self.image_root is None else str(self.image_root / image)
+        if self.check_images and not Path(path).is_file():
+            raise DataError(
+                f"{where}: field 'image': file {path!r} does not exist; fix the path or the image root"
+            )
+        return image_part(path)
+
+
+def open_rows(
+    path: str | PathLike[str],
+    format: str = "auto",
+    image_root: str | PathLike[str] | None = None,
+    *,
+    check_images: bool = False,
+    per: str = "caption",
+) -> Rows:
+    """Open a data file as a lazy sequence of rows.
+
+    Args:
+        path: JSON Lines, a JSON list, or a COCO captions file.
+        format: a key of `READERS`, or `auto`: told from the first row's fields.
+        image_root: the folder that image paths are relative to; absolute paths stay as they are.
+        check_images: raise on access for a row whose image file is not there.
+        per: of COCO captions, one row per `caption`, or per `image` (its first caption).
+
+    Raises:
+        DataError: the file is missing, empty or of no known format; later, on access, a bad row.
+    """
+    path = Path(path)
+    if format != "auto" and format not in READERS:
+        raise DataError(f"unknown data format {format!r}; use one of auto, {', '.join(READERS)}")
+    source = open_source(path, format, per)
+    if len(source) == 0:
+        raise DataError(f"{path}: there are no rows in the file; a data set needs at least one")
+    if format == "auto":
+        format = _detect(source)
+    elif source.format not in (None, format):
+        raise DataError(f"{path}: this is a {source.format} file, not {format}; name that format")
+    root = None if image_root is None else Path(image_root)
+    return Rows(path, READERS[format], source, root, check_images)
+
+
+def _detect(source: Source) -> str:
+    if source.format is not None:
+        return source.format
+    first = source.raw(0)
+    if isinstance(first, dict):
+        if "conversations" in first:
+            return "llava"
+        if "messages" in first:
+            return "messages"
+        found = f"fields {', '.join(sorted(first))}"
+    else:
+        found = type(first).__name__
+    raise DataError(
+        f"{source.where(0)}: the format cannot be told from the first row ({found[:200]}); a row has "
+        f"'messages' or 'conversations'; or name the format: {', '.join(READERS)}"
+    )

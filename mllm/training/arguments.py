@@ -1,0 +1,64 @@
+"""A recipe's `train` section as Hugging Face arguments, and what a manifest records of the run."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from mllm.config import RunConfig
+
+
+def training_arguments(config: RunConfig) -> TrainingArguments:
+    """Hugging Face's arguments for a run."""
+    options = config.train
+    return TrainingArguments(
+        output_dir=options.output_dir,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.per_device_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        num_train_epochs=options.num_train_epochs,
+        max_steps=options.max_steps,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
+        fp16=options.fp16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        save_total_limit=options.save_total_limit,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # the filter hides exactly what must be seen
+        seed=options.seed,
+        dataloader_num_workers=options.num_workers,
+        deepspeed=options.deepspeed,
+        report_to=options.report_to,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def run_record(config: RunConfig, rows: int) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that made it."""
+    files = [{"path": path, "sha256": sha256(Path(path))} for path in config.data.paths]
+    return {
+        "stage": config.stage,
+        "tune": config.tune.model_dump(),
+        "data": {"files": files, "rows": rows},
+        "recipe": config.model_dump(),
+    }
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

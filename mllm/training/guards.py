@@ -1,0 +1,135 @@
+"""Callbacks that stop a run which would go on wrongly, and that keep its records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+from mllm.model.checkpoint import part_of
+from mllm.training.trainer import TrainingStoppedError
+
+
+class TrainabilityGuard(TrainerCallback):
+    """What is declared trainable gets gradients, what is declared frozen stays as it is, bit for bit."""
+
+    def __init__(self) -> None:
+        self.frozen: dict[str, torch.Tensor] = {}
+        self.checked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Note checksums of the frozen tensors."""
+        self.frozen = {name: checksum(p) for name, p in model.named_parameters() if not p.requires_grad}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check the gradients of the first step, and one gradient of every step for NaN."""
+        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        # Clipping by a norm that is NaN makes every gradient NaN, so one of them tells.
+        first = next((p.grad for _, p in trainable if p.grad is not None), None)
+        if first is not None and not args.fp16 and not torch.isfinite(first).all():
+            raise TrainingStoppedError(
+                f"step {state.global_step + 1}: a gradient is not finite; lower the learning rate, "
+                "or train in bf16 or float32"
+            )
+        if self.checked:
+            return
+        self.checked = True
+        without = [name for name, p in trainable if p.grad is None]
+        if without:
+            raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
+        alive = {part_of(name) for name, p in trainable if p.grad.abs().max() > 0}
+        dead = {part_of(name) for name, _ in trainable} - alive
+        if dead:
+            raise TrainingStoppedError(
+                f"{sorted(dead)[0]} is declared trainable and all its gradients are zero"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Compare the frozen tensors with what they were."""
+        now = dict(model.named_parameters())
+        moved = [name for name, before in self.frozen.items() if not torch.equal(checksum(now[name]), before)]
+        if moved:
+            raise TrainingStoppedError(f"{moved[0]} is declared frozen and has changed")
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over the bits, so that no change is too small to show."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
+
+
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar with the loss at its end, in place of a printed line for each log."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the newest loss."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+
+class MetricsLog(TrainerCallback):
+    """Append every log to `metrics.jsonl`; draw the loss curve at the end."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start a new file, or cut a resumed run's file back to the step it resumes from."""
+        if state.is_world_process_zero:
+            kept = (
+                [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+                if state.global_step
+                else []
+            )
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """One line a log."""
+        if state.is_world_process_zero and logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw `loss.png`."""
+        if state.is_world_process_zero:
+            plot_losses({self.path.parent.name: read_metrics(self.path)}, self.path.with_name("loss.png"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; an unfinished last line is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw the loss of each run over its steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name, lines in runs.items():
+        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per supervised token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

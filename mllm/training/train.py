@@ -1,0 +1,60 @@
+"""One stage of training, from a recipe to a checkpoint: parse, build, tune, train, save."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.utils.data import ConcatDataset
+from transformers import PrinterCallback, ProgressCallback
+
+from mllm.config import RunConfig, load_recipe
+from mllm.data.collator import Collator
+from mllm.data.rows import open_rows
+from mllm.model.modeling import PARTS
+from mllm.training.arguments import run_record, training_arguments
+from mllm.training.build import build
+from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
+from mllm.training.resume import last_checkpoint
+from mllm.training.trainer import MllmTrainer
+from mllm.training.tuning import apply_tuning, tuning_table
+
+
+def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
+    """Run one stage and return the checkpoint directory (the run's `output_dir`)."""
+    config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    options = config.train
+    arguments = training_arguments(config)  # starts torch.distributed where a launcher asked for it
+    torch.manual_seed(options.seed)  # the connector's first weights
+    rows = ConcatDataset(
+        [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]
+    )
+    model, processor = build(config.model)
+    reports = apply_tuning(model, config.tune)
+    if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    rates = {part: options.learning_rates.get(part, options.learning_rate) for part in PARTS}  # type: ignore[call-overload]
+    trainer = MllmTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=Collator(processor, config.data.max_length),
+        processor=processor,
+        rates=rates,
+        record=run_record(config, len(rows)),
+        callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress())
+    if trainer.is_world_process_zero():
+        console = Console(stderr=True)
+        console.print(f"[bold]{config.stage}[/]: {len(rows):,} rows -> {options.output_dir}")
+        console.print(tuning_table(reports, rates))
+    trainer.train(resume_from_checkpoint=last_checkpoint(options.output_dir, options.resume))
+    trainer.save_model()
+    return Path(options.output_dir)

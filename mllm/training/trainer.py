@@ -1,0 +1,107 @@
+"""Hugging Face's Trainer with what it lacks for a model of parts.
+
+Ours: a learning rate for each part, checkpoints that are whole, losses that name the rows behind them.
+The Trainer's own: the loop, accumulation, precision, DeepSpeed, and the division of the loss by the
+supervised tokens of the *global* batch (`num_items_in_batch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from mllm.errors import MllmError
+from mllm.model.checkpoint import part_of, restore, save
+from mllm.model.modeling import MllmForConditionalGeneration
+from mllm.model.processing import MllmProcessor
+
+
+class TrainingStoppedError(MllmError):
+    """The run was stopped because going on would have trained on nonsense."""
+
+
+class MllmTrainer(Trainer):
+    """Trainer for both stages.
+
+    Args:
+        processor: saved with every checkpoint.
+        rates: learning rate of each part.
+        record: what every manifest should tell of this run.
+        **kwargs: of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        processor: MllmProcessor,
+        rates: Mapping[str, float],
+        record: Mapping[str, Any],
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.processor = processor
+        self.rates = rates
+        self.record = record
+        self.row_ids: list[str] = []
+        self.dropped_turns = 0
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """An optimiser with one group for each part and for decayed or undecayed parameters."""
+        if self.optimizer is None:
+            source = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, source)
+            self.optimizer = cls(list(self._groups(source)), **kwargs)
+        return self.optimizer
+
+    def _groups(self, model: Any) -> Iterator[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        for part, rate in self.rates.items():
+            for decay in (True, False):
+                group = [p for name, p in named if part_of(name) == part and (name in decayed) == decay]
+                if group:
+                    weight_decay = self.args.weight_decay if decay else 0.0
+                    yield {"params": group, "lr": rate, "weight_decay": weight_decay, "part": part}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; stops the run where it is not a number.
+
+        Raises:
+            TrainingStoppedError: NaN or infinite loss; names the rows of the micro-batch.
+        """
+        self.row_ids = inputs.pop("row_ids", [])
+        self.dropped_turns += inputs.pop("dropped_turns", 0)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if not torch.isfinite(loss):
+            raise TrainingStoppedError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on rows "
+                f"{', '.join(self.row_ids)}; lower the learning rate, or train in bf16 or float32"
+            )
+        return result
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the rate of each part beside the first group's."""
+        if "learning_rate" in logs and self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                logs[f"learning_rate/{group['part']}"] = group["lr"]
+        if self.dropped_turns:
+            logs["dropped_turns"] = self.dropped_turns
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write a whole checkpoint of ours in place of the Trainer's."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, MllmForConditionalGeneration)
+        record = {**self.record, "step": self.state.global_step}
+        save(model, self.processor, Path(output_dir or str(self.args.output_dir)), record=record)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put a checkpoint's tensors into the model that is already built and tuned."""
+        restore(self.model if model is None else model, Path(resume_from_checkpoint))
