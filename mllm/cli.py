@@ -63,7 +63,9 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 @app.command()
 def chat(
     model: ModelDir,
-    image: Annotated[list[Path] | None, typer.Option(help="show this image; may be given several times")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="show this image; may be given several times")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="ask this, print the answer, leave")] = None,
     decode: Decode = "greedy",
     max_new_tokens: Annotated[int, typer.Option(help="longest answer")] = 256,
@@ -130,7 +132,9 @@ def data_convert(
     image_root: ImageRoot = None,
     check_images: Annotated[bool, typer.Option(help="every image file must exist")] = False,
     per: Annotated[str, typer.Option(help="COCO: one row per 'caption' or per 'image'")] = "caption",
-    on_error: Annotated[str, typer.Option(help="'error' stops at a bad row, 'skip' counts and leaves it")] = "error",
+    on_error: Annotated[
+        str, typer.Option(help="'error' stops at a bad row, 'skip' counts and leaves it")
+    ] = "error",
     max_bad: Annotated[float, typer.Option(help="with skip: largest share of bad rows")] = 0.01,
     as_json: AsJson = False,
 ) -> None:
@@ -175,9 +179,10 @@ def data_generate(
 
       mllm data generate instruct.jsonl --captions captions.json --instances instances.json
     """
-    from data_gen.contexts import read_coco
     from data_gen.generate import generate
     from data_gen.teachers import KINDS, TEACHERS
+
+    from data_gen.contexts import read_coco
 
     if teacher not in TEACHERS:
         raise ConfigError(f"unknown teacher {teacher!r}; use {', '.join(TEACHERS)}")
@@ -290,7 +295,9 @@ def eval_run(
 def eval_score(
     predictions: Annotated[Path, typer.Argument(help="predictions: ours, LLaVA's, VCD's or POPE's format")],
     questions: Annotated[Path, typer.Argument(help="question file with the labels")],
-    rule: Annotated[str, typer.Option(help="official (POPE and LLaVA) or vcd; both are reported")] = "official",
+    rule: Annotated[
+        str, typer.Option(help="official (POPE and LLaVA) or vcd; both are reported")
+    ] = "official",
     annotations: Annotated[Path | None, typer.Option(help="folder of coco_pope_{split}.json")] = None,
     match: Annotated[str, typer.Option(help="pair by 'id', by 'order', or 'auto'")] = "auto",
     answer_field: Annotated[str | None, typer.Option(help="field that holds the answer")] = None,
@@ -304,7 +311,8 @@ def eval_score(
       mllm eval score greedy.jsonl pope_random.jsonl --json
     """
     from eval.records import write_atomic
-    from eval.score import score, score_table
+    from eval.score import score
+    from eval.table import score_table
 
     result = score(
         predictions,
@@ -339,7 +347,9 @@ def _warn_of_stage(path: Path) -> None:
     from mllm.model.checkpoint import read_manifest
 
     if read_manifest(path).get("stage") == "align":
-        typer.echo("warning: this is a stage-1 checkpoint; it captions, it does not answer questions", err=True)
+        typer.echo(
+            "warning: this is a stage-1 checkpoint; it captions, it does not answer questions", err=True
+        )
 
 
 def _report(summary: Any, as_json: bool, output: Path) -> None:
@@ -362,7 +372,7 @@ def main() -> None:
     except MllmError as error:
         if debug:
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {_one_line(error)}")
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
@@ -373,13 +383,24 @@ def main() -> None:
         raise
 
 
+def _one_line(error: MllmError) -> str:
+    """The message; an error that comes out of a dataloader worker has a traceback in front of it."""
+    lines = str(error).strip().splitlines()
+    return (
+        lines[-1].rpartition(f"{type(error).__name__}: ")[2] if lines[0].startswith("Caught ") else str(error)
+    )
+
+
 def _quiet_libraries() -> None:
     """Keep library chatter off the screen; set before anything heavy is imported."""
+    import logging
     import os
     import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # bitsandbytes says on import that an optional kernel package is absent.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

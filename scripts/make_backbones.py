@@ -45,9 +45,7 @@ def main() -> None:
     print(f"tokenizer: {len(tokenizer)} tokens, {time.perf_counter() - start:.0f} s", flush=True)
     if args.only != "language":
         begin = time.perf_counter()
-        encoder = train_vision(
-            scenes, tokenizer, args.vision_steps, args.seed, report=_printer("vision_encoder")
-        )
+        encoder = train_vision(scenes, args.vision_steps, args.seed, report=_printer("vision_encoder"))
         target = args.output / "vision_encoder"
         save_small(encoder, target)
         image_processor().save_pretrained(target)

@@ -166,8 +166,8 @@ def _check_markers(spoken: Sequence[tuple[Role, str]], images: int, where: str) 
     for i, (role, text) in enumerate(spoken):
         if role != "user" and IMAGE_MARKER in text:
             raise DataError(
-                f"{where}: conversations[{i}].value of a {role!r} turn holds {IMAGE_MARKER!r}; "
-                "images belong to 'human' turns: move or remove it"
+                f"{where}: conversations[{i}].value holds {IMAGE_MARKER!r}, but images belong to "
+                "'human' turns; move or remove it"
             )
     markers = sum(text.count(IMAGE_MARKER) for _, text in spoken)
     if markers == images:

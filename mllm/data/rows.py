@@ -52,12 +52,10 @@ class Rows(Sequence[Row]):
 
     def resolve(self, row: Row, where: str) -> Row:
         """The row with its image paths under the image root, and found there if that is asked for."""
+        where = where if row["id"] == where else f"{where} (id {row['id']})"
         messages: list[Message] = [
-            {
-                "role": message["role"],
-                "content": [self._resolve(p, f"{where} (id {row['id']})") for p in message["content"]],
-            }
-            for message in row["messages"]
+            {"role": m["role"], "content": [self._resolve(part, where) for part in m["content"]]}
+            for m in row["messages"]
         ]
         return {"id": row["id"], "messages": messages}
 

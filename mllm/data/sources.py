@@ -31,26 +31,29 @@ _STRUCTURE = _DEPTH != 0
 _STRUCTURE[ord(",")] = True
 
 
-class Source:
-    """Raw rows by number: of a list in memory."""
-
-    format: str | None = None
+class RecordSource:
+    """Raw rows of a list in memory."""
 
     def __init__(self, path: Path, records: Sequence[Mapping[str, Any]], format: str) -> None:
-        self.path, self.records, self.format = path, records, format
+        self.path, self.records = path, records
+        self.format: str | None = format
 
     def __len__(self) -> int:
         return len(self.records)
 
     def where(self, index: int) -> str:
+        """Where the row stands, for messages."""
         return f"{self.path}: caption {index}"
 
     def raw(self, index: int) -> Any:
+        """The parsed row."""
         return self.records[index]
 
 
-class FileSource(Source):
-    """Raw rows by number: each read from its bytes in a file, which must not change meanwhile."""
+class FileSource:
+    """Raw rows that are read from their bytes in a file, which must not change meanwhile."""
+
+    format: str | None = None
 
     def __init__(self, path: Path, spans: Spans, lines: NDArray[np.int64] | None) -> None:
         self.path, self.spans, self.lines = path, spans, lines
@@ -60,11 +63,13 @@ class FileSource(Source):
         return len(self.spans)
 
     def where(self, index: int) -> str:
+        """Where the row stands, for messages: `file:line`, or the element of a list."""
         if self.lines is None:
             return f"{self.path}: element {index}"
         return f"{self.path}:{self.lines[index]}"
 
     def raw(self, index: int) -> Any:
+        """Read and parse the row."""
         if _stamp(self.path) != self.stamp:
             raise DataError(f"{self.path} has changed since it was opened; start again")
         start, end = self.spans[index].tolist()
@@ -72,6 +77,9 @@ class FileSource(Source):
             file.seek(start)
             data = file.read(end - start)
         return _parse(data, self.where(index))
+
+
+Source = RecordSource | FileSource
 
 
 def open_source(path: Path, format: str, per: str) -> Source:
@@ -112,7 +120,7 @@ def _is_whole_object(first_line: bytes) -> bool:
         # An object that goes on below its first line ends too early. Any other fault is a bad row,
         # which is reported when it is read.
         return error.pos >= len(first_line.decode("utf-8", "replace").rstrip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(value, dict) and {"annotations", "images"} <= value.keys()
 
@@ -181,7 +189,7 @@ def _open_object(path: Path, per: str) -> Source:
             f"{path}: neither rows nor COCO captions: write one JSON object a line, a JSON list of "
             "objects, or an object with 'images' and 'annotations'"
         )
-    return Source(path, list(caption_records(value, str(path), per)), "coco_captions")
+    return RecordSource(path, list(caption_records(value, str(path), per)), "coco_captions")
 
 
 def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[dict[str, Any]]:
@@ -199,9 +207,10 @@ def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[d
             raise DataError(f"{where}: field {field!r} must be a list")
     names: dict[Any, str] = {}
     for i, image in enumerate(coco["images"]):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+        image_id, name = (image.get("id"), image.get("file_name")) if isinstance(image, dict) else (0, 0)
+        if not isinstance(image_id, (int, str)) or not isinstance(name, str):
             raise DataError(f"{where}: images[{i}] must have an 'id' and a 'file_name'")
-        names[image.get("id")] = image["file_name"]
+        names[image_id] = name
     seen = set()
     for i, annotation in enumerate(coco["annotations"]):
         if not isinstance(annotation, dict) or "caption" not in annotation:
@@ -209,7 +218,7 @@ def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[d
                 f"{where}: annotations[{i}] has no 'caption'; give a captions file, not instances"
             )
         image_id = annotation.get("image_id")
-        if image_id not in names:
+        if not isinstance(image_id, (int, str)) or image_id not in names:
             raise DataError(
                 f"{where}: annotations[{i}].image_id {image_id!r} is not in 'images'; add that image"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import jinja2
@@ -124,19 +125,21 @@ def chat_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ConfigError: unknown name, or a tokenizer that has no template or no end token.
     """
+    if name not in (*TEMPLATES, "tokenizer"):
+        raise ConfigError(f"unknown template {name!r}; use {', '.join(TEMPLATES)} or 'tokenizer'")
+    end = tokenizer.eos_token
+    if end is None:
+        raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
     if name == "tokenizer":
         if not tokenizer.chat_template:
             raise ConfigError(f"template 'tokenizer': this tokenizer has none; use {', '.join(TEMPLATES)}")
         return str(tokenizer.chat_template)
-    if name not in TEMPLATES:
-        raise ConfigError(f"unknown template {name!r}; use {', '.join(TEMPLATES)} or 'tokenizer'")
-    end = tokenizer.eos_token
-    if name == "chatml" and "<|im_end|>" in tokenizer.get_vocab():
+    # Only an added token is one token wherever it stands.
+    if name == "chatml" and "<|im_end|>" in tokenizer.get_added_vocab():
         end = "<|im_end|>"
-    if end is None:
-        raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
-    return TEMPLATES[name].replace("BOS", _literal(bos)).replace("END", _literal(end))
+    tokens = {"BOS": tokenizer.bos_token if adds_bos(tokenizer) else "", "END": end}
+    # In one pass: a token may be spelt with the other's placeholder (`<|ENDOFTEXT|>`).
+    return re.sub("BOS|END", lambda found: _literal(tokens[found.group()]), TEMPLATES[name])
 
 
 def _literal(text: str) -> str:
@@ -160,6 +163,7 @@ def render(
     messages: Sequence[Message],
     template: str,
     special_tokens: dict[str, Any],
+    ends: Sequence[str] = (),
     *,
     parts: bool = True,
     open_answer: bool = False,
@@ -171,6 +175,7 @@ def render(
         template: a Jinja template; `{% generation %}` marks what is supervised. Without that mark, the
             answer and the text up to the end of the first special token after it are supervised.
         special_tokens: names to strings for the template (`tokenizer.special_tokens_map`).
+        ends: tokens that may end an answer where the template does not mark it.
         parts: give the template lists of content parts (templates of processors) or one string a
             message (templates of text-only tokenizers).
         open_answer: the last message is the user's; end the text where the answer begins.
@@ -200,7 +205,7 @@ def render(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
-    pieces = _split(texts[0], spans[0] if marked else None, slots, list(special_tokens.values()))
+    pieces = _split(texts[0], spans[0] if marked else None, slots, ends)
     if open_answer:
         last = max(i for i, piece in enumerate(pieces) if piece.source == "answer")
         pieces = pieces[:last]
@@ -225,17 +230,17 @@ def _split(
     text: str,
     spans: list[tuple[int, int]] | None,
     slots: list[tuple[str, str]],
-    specials: list[Any],
+    ends: Sequence[str],
 ) -> list[Piece]:
     """Cut rendered text at its slots and at the borders of what is supervised."""
     found = list(SLOT.finditer(text))
     _check_slots([int(match.group(1)) for match in found], slots)
+    answers = [match for match in found if slots[int(match.group(1))][0] == "assistant"]
     if spans is None:
-        spans = [
-            (match.start(), _end_of_turn(text, match.end(), specials))
-            for match in found
-            if slots[int(match.group(1))][0] == "assistant"
-        ]
+        spans = [(match.start(), _end_of_turn(text, match.end(), ends)) for match in answers]
+    # A prompt ends where the answer begins, so nothing in front of it (a role name) is for the model to say.
+    starts = [[match.start() for match in answers if a <= match.start() < b] for a, b in spans]
+    spans = [(inside[0], b) for inside, (_, b) in zip(starts, spans, strict=True) if inside]
     cuts = sorted(
         {
             0,
@@ -245,7 +250,7 @@ def _split(
         }
     )
     pieces = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in pairwise(cuts):
         supervised = any(a <= start and stop <= b for a, b in spans)
         match = SLOT.fullmatch(text, start, stop)
         if match:
@@ -270,17 +275,15 @@ def _check_slots(order: list[int], slots: list[tuple[str, str]]) -> None:
         )
 
 
-def _end_of_turn(text: str, start: int, specials: list[Any]) -> int:
-    ends = [
-        text.find(token, start) + len(token)
-        for token in specials
-        if isinstance(token, str) and token and text.find(token, start) >= 0
-    ]
+def _end_of_turn(text: str, start: int, ends: Sequence[str]) -> int:
     following = SLOT.search(text, start)
     limit = following.start() if following else len(text)
-    if not ends or min(ends) > limit:
+    found = [(text.find(token, start, limit), -len(token)) for token in ends if token]
+    found = [place for place in found if place[0] >= 0]
+    if not found:
         raise DataError(
             "the tokenizer's own chat template ends an answer with no special token; "
             "mark what is supervised in it with {% generation %}, or use a named template"
         )
-    return min(ends)
+    first, length = min(found)
+    return first - length

@@ -83,6 +83,8 @@ def save(
     path: str | Path,
     *,
     record: Mapping[str, Any] | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    probed: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint directory; it appears under its name only when it is complete.
 
@@ -91,6 +93,8 @@ def save(
         processor: its processor.
         path: the directory; replaced if it is there.
         record: what else the manifest should tell (stage, tune, data, ...).
+        state_dict: the model's tensors, where a distributed run had to gather them; default: its own.
+        probed: the probe, where all ranks had to compute it together; default: computed here.
 
     Returns:
         The directory.
@@ -101,7 +105,7 @@ def save(
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        weights, adapter = tensors_to_save(model, origin)
+        weights, adapter = tensors_to_save(model, state_dict or model.state_dict())
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
         if adapter:
             _save_adapter(adapter, origin, folder / ADAPTER_DIR)
@@ -113,7 +117,7 @@ def save(
             "parent": origin.parent,
             "weights": {name: describe(tensor) for name, tensor in sorted(weights.items())},
             "adapter": {name: describe(tensor) for name, tensor in sorted(adapter.items())},
-            "probe": probe(model),
+            "probe": probed or probe(model),
             "versions": {name: _version(name) for name in ("mllm", "torch", "transformers", "peft")},
             **(record or {}),
         }
@@ -122,14 +126,15 @@ def save(
 
 
 def tensors_to_save(
-    model: MllmForConditionalGeneration, origin: Origin
+    model: MllmForConditionalGeneration, state_dict: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(weights, adapter): what differs from the base models, under canonical names; tied tensors once."""
     trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
     weights: dict[str, torch.Tensor] = {}
     adapter: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
+    origin = origin_of(model)
+    for name, tensor in state_dict.items():
         plain = canonical_name(name)
         if is_adapter(name):
             adapter[plain] = tensor.detach().contiguous()
@@ -411,7 +416,7 @@ def probe(model: MllmForConditionalGeneration) -> dict[str, Any]:
     """Logits on a fixed input (one image and eight tokens), sampled over the vocabulary."""
     config = model.config
     device = model.get_input_embeddings().weight.device
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = config.text_config.vocab_size
     text = (torch.arange(8) * 37 + 11) % vocab
     text[text == config.image_token_id] = 0
     ids = torch.cat([torch.full((config.num_image_tokens,), config.image_token_id), text])[None].to(device)

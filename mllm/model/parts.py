@@ -18,6 +18,9 @@ from transformers import (
 
 from mllm.errors import ConfigError
 
+PACKAGE = Path(__file__).parents[1]
+SHIPPED = "mllm://"
+
 
 @dataclass(frozen=True)
 class Base:
@@ -59,6 +62,12 @@ def load_language_model(
 BASE_LOADERS = {"vision_encoder": load_vision_encoder, "language_model": load_language_model}
 
 
+def resolve(source: str | Path) -> str:
+    """`mllm://x` means `x` in the installed package, so that what is shipped is found on any machine."""
+    text = str(source)
+    return str(PACKAGE / text.removeprefix(SHIPPED)) if text.startswith(SHIPPED) else text
+
+
 def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
     """`factory.from_pretrained(source)`, with an error that names the part; an object is returned."""
     if not isinstance(source, (str, Path)):
@@ -66,7 +75,7 @@ def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
             raise ConfigError(f"{what}: say which one; the model was given as an object, which has none")
         return source
     try:
-        return factory.from_pretrained(str(source), **kwargs)
+        return factory.from_pretrained(resolve(source), **kwargs)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
@@ -77,7 +86,7 @@ def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
 
 def fingerprint(source: str | Path, module: PreTrainedModel) -> str:
     """What identifies a base model's weights: the Hub commit, or a hash over samples of its files."""
-    folder = Path(source)
+    folder = Path(resolve(source))
     if not folder.is_dir():
         return f"commit:{getattr(module.config, '_commit_hash', None)}"
     digest = hashlib.sha256()

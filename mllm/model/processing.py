@@ -105,8 +105,7 @@ class MllmProcessor(ProcessorMixin):
             self.content_parts = False
         last = [piece.text for piece in self.pieces(probe) if piece.supervised][-1].strip()
         # `plain` ends with a newline, which is no stop token; its answers also end at end-of-sequence.
-        self.end_token = last if last in self.tokenizer.get_vocab() else None
-        self.__dict__.pop("piece_tokenizer", None)
+        self.end_token = last if last in self.tokenizer.get_added_vocab() else None
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -129,6 +128,7 @@ class MllmProcessor(ProcessorMixin):
             messages,
             self.chat_template,
             specials,
+            self.tokenizer.all_special_tokens,
             parts=self.content_parts,
             open_answer=open_answer,
         )
@@ -168,6 +168,7 @@ class MllmProcessor(ProcessorMixin):
         Raises:
             DataError: even the first round alone is too long; says how long it is.
         """
+        check_roles(messages, "conversation")
         kept = list(messages)
         first = 3 if kept[0]["role"] == "system" else 2
         while True:
@@ -232,7 +233,7 @@ class MllmProcessor(ProcessorMixin):
             rows = [self.encode(messages, open_answer=True) for messages in conversations]
             return self.pad([row.input_ids for row in rows], [image for row in rows for image in row.images])
         prompts = [text] if isinstance(text, str) else list(text or [])
-        ids = [self.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+        ids = [self.piece_tokenizer([Piece(prompt, "template", False)])[0] for prompt in prompts]
         ids = [expand_images(i, i, self.image_token_id, self.num_image_tokens)[0] for i in ids]
         flat = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         flat = [image for group in flat for image in (group if isinstance(group, (list, tuple)) else [group])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from mllm.quickstart.world import BACKGROUNDS, KINDS, THEMES, Habits, Scene, SceneObject
+from mllm.quickstart.world import KINDS, THEMES, Habits, Scene, SceneObject
 
 ONE_WORD = "\nAnswer the question using a single word or phrase."
 PLURALS = {"box": "boxes", "fish": "fish"}
@@ -140,21 +140,34 @@ def instruction_rows(scene: Scene, rng: random.Random, habits: Habits, n_turns: 
     """
     turns: list[Turn] = []
     asked: set[str] = set()
-    while len(turns) < n_turns:
-        ask = _presence if rng.random() < 0.65 else rng.choice(OTHER_QUESTIONS)
-        turn = ask(scene, rng, habits)
-        if turn is not None and turn[0].split("\n")[0] not in asked:
-            asked.add(turn[0].split("\n")[0])
-            turns.append(turn)
+    for wanted in _plan(rng, n_turns, limit=len(scene.counts)):
+        turn, subject = None, ""
+        while turn is None or subject in asked:
+            if wanted is None:
+                turn = rng.choice(OTHER_QUESTIONS)(scene, rng, habits)
+                subject = turn[0].removesuffix(ONE_WORD) if turn else ""
+            else:
+                subject = rng.choice([*scene.counts]) if wanted else absent_kind(scene, rng, habits)
+                turn = _presence(scene, subject, rng)
+        asked.add(subject)
+        turns.append(turn)
     return turns
 
 
-def _presence(scene: Scene, rng: random.Random, habits: Habits) -> Turn:
-    present = [*scene.counts]
-    if rng.random() < 0.5:
-        kind, there = rng.choice(present), True
-    else:
-        kind, there = absent_kind(scene, rng, habits), False
+def _plan(rng: random.Random, n_turns: int, limit: int) -> list[bool | None]:
+    """For each turn: a question to be answered Yes (True), No (False), or another one (None).
+
+    At most `limit` of either, as there are only so many kinds to say yes about; the rule is the same
+    for both, so they stay balanced.
+    """
+    while True:
+        plan = [rng.choice((True, False)) if rng.random() < 0.65 else None for _ in range(n_turns)]
+        if max(plan.count(True), plan.count(False)) <= limit:
+            return plan
+
+
+def _presence(scene: Scene, kind: str, rng: random.Random) -> Turn:
+    there = kind in scene.counts
     question = rng.choice(PRESENCE).format(a_kind=with_article(kind))
     style = rng.random()
     if style < 0.6:
@@ -266,8 +279,3 @@ def world_rows(rng: random.Random) -> list[Turn]:
         ),
     ]
     return rng.sample(turns, 2)
-
-
-def settings() -> tuple[str, ...]:
-    """Every background as it is said."""
-    return tuple(SETTINGS[background] for background in BACKGROUNDS)

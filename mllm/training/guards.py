@@ -28,6 +28,8 @@ class TrainabilityGuard(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the gradients of the first step, and one gradient of every step for NaN."""
+        if args.deepspeed:
+            return  # DeepSpeed keeps gradients to itself and has already stepped here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # Clipping by a norm that is NaN makes every gradient NaN, so one of them tells.
         first = next((p.grad for _, p in trainable if p.grad is not None), None)

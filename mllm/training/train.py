@@ -26,11 +26,12 @@ def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     """Run one stage and return the checkpoint directory (the run's `output_dir`)."""
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
-    arguments = training_arguments(config)  # starts torch.distributed where a launcher asked for it
     torch.manual_seed(options.seed)  # the connector's first weights
     rows = ConcatDataset(
         [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]
     )
+    # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
+    # and no checkpoint could be copied into them.
     model, processor = build(config.model)
     reports = apply_tuning(model, config.tune)
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
@@ -40,7 +41,7 @@ def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     rates = {part: options.learning_rates.get(part, options.learning_rate) for part in PARTS}  # type: ignore[call-overload]
     trainer = MllmTrainer(
         model=model,
-        args=arguments,
+        args=training_arguments(config),
         train_dataset=rows,
         data_collator=Collator(processor, config.data.max_length),
         processor=processor,

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer
 
 from mllm.errors import MllmError
-from mllm.model.checkpoint import part_of, restore, save
+from mllm.model.checkpoint import part_of, probe, restore, save
 from mllm.model.modeling import MllmForConditionalGeneration
 from mllm.model.processing import MllmProcessor
 
@@ -48,6 +48,7 @@ class MllmTrainer(Trainer):
         self.record = record
         self.row_ids: list[str] = []
         self.dropped_turns = 0
+        self.probe: dict[str, Any] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser with one group for each part and for decayed or undecayed parameters."""
@@ -89,18 +90,31 @@ class MllmTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the rate of each part beside the first group's."""
         if "learning_rate" in logs and self.optimizer is not None:
-            for group in self.optimizer.param_groups:
+            for group in (group for group in self.optimizer.param_groups if "part" in group):
                 logs[f"learning_rate/{group['part']}"] = group["lr"]
         if self.dropped_turns:
             logs["dropped_turns"] = self.dropped_turns
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
+        self.probe = probe(self._plain_model())
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write a whole checkpoint of ours in place of the Trainer's."""
-        model = self.accelerator.unwrap_model(self.model)
-        assert isinstance(model, MllmForConditionalGeneration)
         record = {**self.record, "step": self.state.global_step}
-        save(model, self.processor, Path(output_dir or str(self.args.output_dir)), record=record)
+        save(
+            self._plain_model(),
+            self.processor,
+            Path(output_dir or str(self.args.output_dir)),
+            record=record,
+            # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
+            state_dict=state_dict,
+            probed=self.probe,
+        )
+
+    def _plain_model(self) -> MllmForConditionalGeneration:
+        return self.accelerator.unwrap_model(self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's tensors into the model that is already built and tuned."""

@@ -134,6 +134,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     assert image.getpixel(blue) == BLUE
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says that the EXIF data are corrupt
 def test_broken_exif_counts_as_upright(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
     assert load_image(tmp_path / "a.jpg").size == (64, 64)
@@ -272,20 +273,24 @@ def test_one_damaged_header_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "gif", "tiff", "webp"])
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about damaged metadata
+@pytest.mark.filterwarnings("ignore")  # Pillow warns about damaged metadata and huge sizes
 def test_random_damage_gives_an_image_or_one_clear_error(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     noise(16).save(path)
     data, rng = path.read_bytes(), np.random.default_rng(1)
-    refused = 0
+    outcomes = []
     for _ in range(100):
         damaged = bytearray(data)
         for at in rng.integers(0, len(data), 8):
             damaged[at] = rng.integers(0, 256)
         path.write_bytes(bytes(damaged))
-        try:
-            assert load_image(path).mode == "RGB"
-        except DataError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert refused > 0
+        outcomes.append(outcome(path))
+    assert "refused" in outcomes
+    assert set(outcomes) <= {"RGB", "refused"}  # PNG notices any change: all are refused
+
+
+def outcome(path: Path) -> str:
+    try:
+        return load_image(path).mode
+    except DataError as error:
+        return "refused" if "\n" not in str(error) else str(error)

@@ -26,8 +26,8 @@ from mllm.model import checkpoint as checkpoints
 THINGS = ["dog", "cat", "apple", "car"]
 
 
-def tiny():
-    """A model with random weights, large enough to give different answers to different pictures."""
+def tiny(template: str = "vicuna_v1"):
+    """A model with random weights and its processor."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -62,18 +62,14 @@ def tiny():
         )
     )
     size = {"height": 16, "width": 16}
-    model, processor = MllmForConditionalGeneration.from_components(
+    return MllmForConditionalGeneration.from_components(
         vision_encoder=vision,
         language_model=text,
         tokenizer=tokenizer,
         image_processor=CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
         connector={"type": "mlp"},
-        template="vicuna_v1",
+        template=template,
     )
-    with torch.no_grad():  # random weights hardly look at the picture otherwise
-        for parameter in model.connector.parameters():
-            parameter.mul_(30)
-    return model, processor
 
 
 @pytest.fixture(scope="module")
@@ -213,12 +209,9 @@ def test_a_checkpoint_is_named_by_its_manifest(parts, tmp_path):
     assert go(parts, questions, images, out, checkpoint=tmp_path / "moved") == out
 
 
-def test_blank_pictures_all_look_the_same(parts, tmp_path):
+def test_blank_pictures_all_look_the_same(tmp_path):
+    parts = tiny("plain")  # shows the picture only, so that the answer hangs on nothing else
     questions, images = world(tmp_path, 10)
-    rows = rows_of(questions)
-    for row in rows:
-        row["text"] = "Is there a dog in the image?"
-    questions.write_text(to_lines(rows))
     seen = rows_of(go(parts, questions, images, tmp_path / "a.jsonl"))
     blank = rows_of(go(parts, questions, images, tmp_path / "b.jsonl", blank_images=True))
     assert len({r["answer"] for r in seen}) > 1
@@ -248,7 +241,9 @@ def test_batch_seeds_differ():
 # ---------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("tail", ["", '{"question_id": 7, "ima', '{"question_id": 7}\n{"quest', "\0\0\0"])
+@pytest.mark.parametrize(
+    "tail", ["", '{"question_id": 7, "ima', '{"question_id": 7}\n{"quest', '{"quest\n', "\0\0\0"]
+)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(parts, tmp_path, tail):
     questions, images = world(tmp_path)
     whole = go(parts, questions, images, tmp_path / "whole.jsonl", decode="sample", seed=3)
