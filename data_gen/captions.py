@@ -22,8 +22,7 @@ _GROUP = re.compile(r"(?:group|crowd|couple|bunch|herd|flock|number|pair|line)s?
 _AFTER_NOUN = _words(
     """
     in on at by near next of with and or who that which are is along around aboard beside
-    behind under over inside outside up down out from together dressed seated gathered walk-
-    in
+    behind under over inside outside up down out from together dressed seated gathered
     """
 )
 _NUMBERS = _words(
@@ -119,7 +118,7 @@ def is_noun_phrase(caption: str) -> bool:
         return False
     # `a group of people prepare dinner`: a verb without its -s.
     group = _GROUP.search(" ".join(words))
-    if group and group[2] not in _AFTER_NOUN and not group[2].endswith(("ing", "ed", "s")):
+    if group and group[2] not in _AFTER_NOUN and not re.search(r"(ing|ed|[^s]s)$", group[2]):
         return False
     before = ""
     for word in words:

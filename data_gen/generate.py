@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -25,8 +24,8 @@ class Summary:
     """What was generated: rows per kind, and why contexts were left out, as `kind: reason`."""
 
     output: Path
-    rows: Counter[str] = field(default_factory=Counter)
-    skipped: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
     resumed: int = 0
 
 
@@ -95,38 +94,42 @@ def _write_rows(
     summary: Summary,
 ) -> None:
     """Append the rows that the file does not have yet; on return it holds all of them and no others."""
+    folder = f"{image_folder.rstrip('/')}/" if image_folder else ""
     file.seek(0)
     kept = 0  # bytes of the file that are known to be right
     earlier = _earlier_rows(file)
     expected = next(earlier, None)
     for context, kind in jobs:
-        key = _key(context, kind, teacher, seed)
+        key = _key(context, kind, teacher, seed, folder)
         if expected is not None and expected[0] == key:
             kept = expected[1]
-            summary.rows[kind] += 1
+            _add(summary.rows, kind)
             summary.resumed += 1
             expected = next(earlier, None)
             continue
         try:
             turns = teacher.answer(context, kind, random.Random(f"{seed}-{context.image_id}-{kind}"))
         except NotEnoughError as reason:
-            summary.skipped[f"{kind}: {reason}"] += 1
+            _add(summary.skipped, f"{kind}: {reason}")
             continue
         # A row that the earlier run did not have at this place: what follows there is not ours.
         expected = None
-        if file.seek(0, os.SEEK_END) != kept:
-            file.truncate(kept)
+        file.truncate(kept)
         row = {
             "id": f"{context.image_id}-{kind}",
-            "messages": _messages(turns, f"{image_folder}/{context.file_name}".lstrip("/")),
+            "messages": _messages(turns, f"{folder}{context.file_name}"),
             "provenance": {"teacher": teacher.name, "kind": kind, "seed": seed, "key": key},
         }
         kept += file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()  # a killed run loses at most this row
-        summary.rows[kind] += 1
+        _add(summary.rows, kind)
     file.truncate(kept)
     file.flush()
     os.fsync(file.fileno())
+
+
+def _add(counts: dict[str, int], name: str) -> None:
+    counts[name] = counts.get(name, 0) + 1
 
 
 def _messages(turns: Sequence[Turn], image: str) -> list[Message]:
@@ -139,9 +142,9 @@ def _messages(turns: Sequence[Turn], image: str) -> list[Message]:
     return messages
 
 
-def _key(context: Context, kind: str, teacher: Teacher, seed: int) -> str:
+def _key(context: Context, kind: str, teacher: Teacher, seed: int, folder: str) -> str:
     """What a row is made from, as a short hash: the same request gives the same key."""
-    request = [teacher.name, kind, seed, asdict(context)]
+    request = [teacher.name, kind, seed, folder, asdict(context)]
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from data_gen.scene import Scene, the
-from data_gen.wording import a, counted, listed, number, plural, sentence
+from data_gen.wording import a, counted, listed, mentions, number, plural, sentence
 
 Answer = tuple[str, str]
 Conclusion = Callable[[Scene, random.Random], Answer | None]
@@ -43,7 +43,11 @@ def _clues(text: str) -> frozenset[str]:
 
 
 _FOOD = "pizza, cake, donut, sandwich, hot dog, banana, apple, orange, broccoli, carrot"
-_ANIMALS = _clues("dog, cat, horse, cow, sheep, bird")
+_ANIMALS = _clues("dog, cat, horse, cow, sheep")
+# A toy or a picture of an animal is annotated as the animal.
+_LIKENESS = _clues(
+    "toy, doll, stuffed, plush, painting, drawing, picture, statue, sculpture, figurine, poster"
+)
 _WILD = _clues("elephant, giraffe, zebra, bear")
 _VEHICLES = _clues("car, truck, bus, motorcycle, train")
 _LUGGAGE = _clues("suitcase, backpack")
@@ -198,7 +202,7 @@ def what_meal(scene: Scene, rng: random.Random) -> Answer | None:
 
 def what_care(scene: Scene, rng: random.Random) -> Answer | None:
     """What tame animals need."""
-    found = [name for name in scene.counts if name in _ANIMALS]
+    found = _alive(scene, _ANIMALS)
     if not found:
         return None
     question = rng.choice(
@@ -219,7 +223,7 @@ def what_care(scene: Scene, rng: random.Random) -> Answer | None:
 
 def what_distance(scene: Scene, rng: random.Random) -> Answer | None:
     """How to behave near large wild animals."""
-    found = [name for name in scene.counts if name in _WILD]
+    found = _alive(scene, _WILD)
     if not found:
         return None
     question = rng.choice(
@@ -269,10 +273,11 @@ def what_work(scene: Scene, rng: random.Random) -> Answer | None:
             "What might someone come to this place to do?",
         )
     )
+    kinds = listed([plural(name) for name in found])
     answer = (
-        f"{_there(scene, found)} These are things for using a computer. So someone could write, look "
-        "things up, study, play or talk to others here. What it is really used for would show on a "
-        "screen, or in what else lies about, and stays open otherwise."
+        f"{_there(scene, found)} Things like {kinds} are made for using a computer. So someone could "
+        "write, look things up, study, play or talk to others here. What it is really used for would "
+        "show on a screen, or in what else lies about, and stays open otherwise."
     )
     return question, answer
 
@@ -341,6 +346,14 @@ TOPICAL: tuple[Conclusion, ...] = (
     what_work,
 )
 GENERAL: tuple[Conclusion, ...] = (which_order, which_most)
+
+
+def _alive(scene: Scene, animals: frozenset[str]) -> list[str]:
+    """The animals among the objects, unless a caption hints that they are toys or pictures."""
+    text = " ".join(scene.context.captions)
+    if any(mentions(text, word) for word in _LIKENESS):
+        return []
+    return [name for name in scene.counts if name in animals]
 
 
 def _there(scene: Scene, names: list[str]) -> str:

@@ -233,20 +233,22 @@ def _objects(scene: Scene, rng: random.Random) -> Turn:
     return question, _inventory(scene, rng)
 
 
-def _inventory(scene: Scene, rng: random.Random) -> str:
-    """The categories with their numbers; beyond eight of them, those that take up most room."""
+def _inventory(scene: Scene, rng: random.Random, after: str = "") -> str:
+    """The categories with their numbers; beyond eight of them, those that take up most room.
+
+    It does not begin as the sentence `after` which it comes does.
+    """
     names = list(scene.counts)[:8]
     items = listed([scene.amount(name) for name in names])
     if len(names) < len(scene.counts):
         frame = rng.choice(("Among other things, there", "Among the things here, there"))
         return sentence(f"{frame} {scene.verb(names[0])} {items}")
-    return rng.choice(
-        (
-            sentence(f"the image shows {items}"),
-            sentence(f"there {scene.verb(names[0])} {items} in the image"),
-            sentence(f"I can see {items}"),
-        )
+    frames = (
+        sentence(f"the image shows {items}"),
+        sentence(f"there {scene.verb(names[0])} {items} in the image"),
+        sentence(f"I can see {items}"),
     )
+    return rng.choice([frame for frame in frames if frame.split()[0] != after.split(" ")[0]])
 
 
 # --- Detailed description --------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def _detail(scene: Scene, rng: random.Random) -> Turn:
     captions = readable(scene.context.captions)
     rng.shuffle(captions)
     sentences = [tell(captions[0], rng)] if captions else []
-    sentences.append(_inventory(scene, rng))
+    sentences.append(_inventory(scene, rng, after=sentences[0] if sentences else ""))
     sentences += _layout(scene, rng)
     rest = sorted(captions[1:], key=lambda caption: overlap(captions[0], caption))
     endings = [text for text in (summary(caption, rng) for caption in rest) if text]

@@ -113,12 +113,12 @@ def sentence(text: str) -> str:
 
 
 def mentions(text: str, noun: str) -> bool:
-    """Whether a text names the noun, or a part or everyday name of it, in either number.
+    """Whether a text names the noun, its last word or an everyday name of it, in either number.
 
     Cautious on purpose: it decides what is *not* asked, so a false alarm costs nothing.
     """
     words = set(re.findall(r"[a-z]+", text.lower()))
-    candidates = {noun, *noun.split(), *_ALSO.get(noun, ())}
+    candidates = {noun, noun.split()[-1], *_ALSO.get(noun, ())}
     return any(
         set(form.lower().split()) <= words
         for candidate in candidates
@@ -159,8 +159,9 @@ _ALSO: dict[str, tuple[str, ...]] = {
     "skateboard": ("board", "skateboarder", "skateboarding", "skater"),
     "surfboard": ("board", "surfer", "surfing"),
     "sports ball": ("soccer", "baseball", "basketball", "football", "tennis", "volleyball"),
-    "baseball glove": ("mitt",),
-    "tennis racket": ("racquet",),
+    "baseball glove": ("mitt", "baseball"),
+    "tennis racket": ("racquet", "tennis"),
+    "baseball bat": ("baseball", "batter"),
     "bottle": ("beer", "wine", "water", "beverage", "drink"),
     "wine glass": ("wine", "beverage", "drink"),
     "cup": ("mug", "glass", "coffee", "tea", "drink", "beverage"),

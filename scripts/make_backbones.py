@@ -2,8 +2,8 @@
 
 python scripts/make_backbones.py --output mllm/quickstart/backbones
 
-Everything is drawn and trained on the spot from a seed; nothing is downloaded. The scenes are of the
-split `pretrain`, so no scene of the quickstart's training or held-out data is among them.
+Everything is drawn and trained on the spot from a seed; nothing is downloaded. The scenes are of
+splits of their own, so no scene of the quickstart's training or held-out data is among them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     start = time.perf_counter()
-    scenes = make_scenes(args.scenes, args.seed, "pretrain")
+    scenes = make_scenes(args.scenes, args.seed, "pretrain_language")
     corpus = documents(scenes, measure_habits(scenes), args.seed)
     pieces = itertools.chain.from_iterable(itertools.islice(corpus, 4000))
     tokenizer = train_tokenizer(piece.text for piece in pieces)

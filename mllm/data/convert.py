@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -22,7 +21,7 @@ class Conversion:
     rows: int = 0
     images: int = 0
     bad: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    reasons: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
 
 
@@ -74,7 +73,8 @@ def convert(
                     raise
                 done.bad += 1
                 done.first_bad = done.first_bad or str(error)
-                done.reasons[_reason(str(error), rows.where(i))] += 1
+                reason = _reason(str(error), rows.where(i))
+                done.reasons[reason] = done.reasons.get(reason, 0) + 1
                 continue
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             done.rows += 1

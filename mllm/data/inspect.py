@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.panel import Panel
@@ -29,15 +29,38 @@ def token_spans(
         max_length: as in training, so that removed rounds are not shown.
     """
     encoded = Collator(processor, max_length).encode(row)
+    texts = token_texts(processor.tokenizer, encoded.input_ids)
     left_of_image = 0
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+    for token, label, text in zip(encoded.input_ids, encoded.labels, texts, strict=True):
         if token == processor.image_token_id:
             if left_of_image == 0:
                 left_of_image = processor.num_image_tokens
                 yield "image", f"<image x {processor.num_image_tokens}>"
             left_of_image -= 1
         else:
-            yield ("masked" if label == IGNORE else "trained"), processor.tokenizer.decode([token])
+            yield ("masked" if label == IGNORE else "trained"), text
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """What each token adds to the text before it.
+
+    A token decoded alone may lose its space (SentencePiece), so it is decoded behind the ones before it;
+    a character of several tokens is given to the last of them.
+    """
+    before, start = 0, 0  # of the last finished characters, and of those that come now
+    for stop in range(1, len(ids) + 1):
+        old = _decode(tokenizer, ids[before:start])
+        new = _decode(tokenizer, ids[before:stop])
+        # An unfinished character ends in a replacement character; none has more than four bytes.
+        if new.endswith("\ufffd") and stop < len(ids) and stop - start < 4:
+            yield ""
+            continue
+        yield new[len(old) :] if new.startswith(old) else _decode(tokenizer, ids[start:stop])
+        before, start = start, stop
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
 
 
 def row_panel(processor: MllmProcessor, row: Row, max_length: int | None = None) -> Panel:

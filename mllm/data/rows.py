@@ -44,7 +44,8 @@ class Rows(Sequence[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative indices, and IndexError
-        return self.resolve(self.as_written(index), self.where(index))
+        where = self.where(index)
+        return {**self.resolve(self.as_written(index), where), "source": where}
 
     def as_written(self, index: int) -> Row:
         """Row `index` with its image paths as the file has them."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from typing_extensions import NotRequired
+
 from mllm.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
@@ -32,10 +34,11 @@ class Message(TypedDict):
 
 
 class Row(TypedDict):
-    """One conversation of a data set."""
+    """One conversation of a data set; `source` says which line of which file it is, for errors."""
 
     id: str
     messages: list[Message]
+    source: NotRequired[str]
 
 
 def text_part(text: str) -> Part:

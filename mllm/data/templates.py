@@ -26,6 +26,7 @@ from mllm.errors import ConfigError, DataError
 
 IMAGE = "<image>"
 SLOT = re.compile("\ue000(\\d+)\ue001")
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # One user message: an image is its marker, a text is its text, in the order given.
 _CONTENT = (
@@ -195,9 +196,9 @@ def render(
         return f"\ue000{len(slots) - 1}\ue001"
 
     chat = [{"role": m["role"], "content": _slotted(m, slot, parts)} for m in turns]
-    marked = "{% generation %}" in template
+    marked = MARK.search(template) is not None
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # annotated as a string; it is a pair
             conversations=[chat],
             chat_template=template,
             return_assistant_tokens_mask=marked,
@@ -205,6 +206,7 @@ def render(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error
+    texts, spans = rendered
     pieces = _split(texts[0], spans[0] if marked else None, slots, ends)
     if open_answer:
         last = max(i for i, piece in enumerate(pieces) if piece.source == "answer")
@@ -258,6 +260,10 @@ def _split(
             pieces.append(Piece(content, "answer" if role == "assistant" else "user", supervised))
         else:
             pieces.append(Piece(text[start:stop], "template", supervised))
+        if supervised and (
+            pieces[-1].source == "user" or (pieces[-1].source == "template" and IMAGE in text[start:stop])
+        ):
+            raise DataError("the chat template marks a user's message as supervised; use another template")
     return pieces
 
 

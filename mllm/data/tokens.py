@@ -7,12 +7,13 @@ prompt's ids followed by the answer's, and the labels are exactly the answer and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from mllm.data.templates import Piece, adds_prefix_space
+from mllm.data.templates import Piece, adds_bos, adds_prefix_space
 
 IGNORE = -100
 
@@ -29,17 +30,26 @@ class PieceTokenizer:
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
         self.prefix_space = adds_prefix_space(tokenizer)
-        self.special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        # Some write that space only where the text has none: " a" and "a" would become the same ids.
+        self.merges_space = self.prefix_space and self._encode(" a", False) == self._encode("a", False)
+        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)))
+        # LLaVA tokenises what follows the beginning of a sequence, or an image, as a text of its own.
+        starts = [tokenizer.bos_token if adds_bos(tokenizer) else None]
+        starts.append(str(tokenizer.convert_ids_to_tokens(image_token_id)))
+        self.starts = re.compile("(" + "|".join(re.escape(token) for token in starts if token) + ")")
 
     def __call__(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
         """Ids and labels (`IGNORE` where masked), both of the length of the sequence."""
         ids: list[int] = []
         labels: list[int] = []
-        for supervised, group in groupby(pieces, key=lambda piece: piece.supervised):
-            run = list(group)
-            tokens = self._answer(run) if supervised else self._masked(run)
+        before = ""
+        for run in _runs(pieces):
+            supervised = run[0].supervised
+            tokens = self._answer(run) if supervised else self._masked(run, before)
             ids += tokens
             labels += tokens if supervised else [IGNORE] * len(tokens)
+            before = self._last_special(run)
         return ids, labels
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
@@ -48,48 +58,69 @@ class PieceTokenizer:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)
         return list(encoded["input_ids"])
 
-    def _masked(self, run: Sequence[Piece]) -> list[int]:
-        text, ids = "", []
-        for piece in run:
-            if piece.source == "user" and self._has_special(piece.text):
-                ids += self._encode(text, True) + self._encode(piece.text, False)
-                text = ""
-            else:
-                text += piece.text
+    def _masked(self, run: Sequence[Piece], before: str) -> list[int]:
+        """Ids of masked text; `before` is the special token in front of it, which may eat a space."""
+        chunks = list(self._chunks(run))
         # A tokenizer that writes a space in front of every text writes the one in front of the answer
         # too; keeping the template's would make two of it ("ASSISTANT:" + "_Yes", as LLaVA has it).
-        if self.prefix_space and text.endswith(" "):
-            text = text[:-1]
-        return ids + self._encode(text, True)
-
-    def _answer(self, run: Sequence[Piece]) -> list[int]:
+        text, parse = chunks[-1]
+        if self.prefix_space and parse and text.endswith(" "):
+            chunks[-1] = (text[:-1], parse)
         ids: list[int] = []
-        text = ""
-        for part, special in self._parsed(run):
-            if special:
-                ids += self._encode(text, False) + self._encode(part, True)
+        for text, parse in chunks:
+            context = before if parse else ""
+            ids += self._encode(context + text, parse)[len(self._encode(context, True)) :]
+            before = ""
+        return ids
+
+    def _chunks(self, run: Sequence[Piece]) -> Iterator[tuple[str, bool]]:
+        """(text, whether special tokens are parsed in it) of what is tokenised together."""
+        specials = [found.span() for found in self.special.finditer("".join(piece.text for piece in run))]
+        text, at = "", 0
+        for source, group in groupby(run, key=lambda piece: piece.source):
+            content = "".join(piece.text for piece in group)
+            start, at = at, at + len(content)
+            if source != "template" and any(a < at and b > start for a, b in specials):
+                yield from self._split(text)
+                yield content, False
                 text = ""
             else:
-                text += part
-        return ids + self._encode(text, False)
+                text += content
+        yield from self._split(text)
 
-    def _parsed(self, run: Sequence[Piece]) -> Iterator[tuple[str, bool]]:
-        """Split the template's text at its special tokens; a content is never parsed for them."""
-        for piece in run:
-            text = piece.text
-            while piece.source == "template" and (found := self._first_special(text)):
-                start, token = found
-                yield text[:start], False
-                yield token, True
-                text = text[start + len(token) :]
-            yield text, False
+    def _split(self, text: str) -> Iterator[tuple[str, bool]]:
+        # Without a space in front of every text, the parts are tokenised as the whole is.
+        parts = self.starts.split(text) if self.prefix_space else [text]
+        yield from ((part, True) for part in parts)
 
-    def _first_special(self, text: str) -> tuple[int, str] | None:
-        starts = [(text.find(token), token) for token in self.special if token in text]
-        return min(starts) if starts else None
+    def _answer(self, run: Sequence[Piece]) -> list[int]:
+        """Ids of one answer, where nothing is parsed, and of the template's text after it."""
+        tail = "".join(piece.text for piece in run[1:])
+        found = self.special.search(tail)
+        end = found.start() if found else len(tail)
+        text = run[0].text + tail[:end]
+        if self.merges_space and text.startswith(" "):
+            text = " " + text
+        return self._encode(text, False) + self._encode(tail[end:], True)
 
-    def _has_special(self, text: str) -> bool:
-        return any(token in text for token in self.special)
+    def _last_special(self, run: Sequence[Piece]) -> str:
+        """The special token that a run ends with, if it does."""
+        if run[-1].source != "template":
+            return ""
+        found = [match.group() for match in self.special.finditer(run[-1].text)]
+        return found[-1] if found and run[-1].text.endswith(found[-1]) else ""
+
+
+def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Pieces that are tokenised together: masked neighbours, or one answer and what ends it."""
+    run: list[Piece] = []
+    for piece in pieces:
+        if run and (piece.supervised != run[0].supervised or (piece.supervised and piece.source == "answer")):
+            yield run
+            run = []
+        run.append(piece)
+    if run:
+        yield run
 
 
 def expand_images(

@@ -12,13 +12,14 @@ checkpoint of a 7B model is 40 MB. Loading looks at nothing but the directory's 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from mllm.errors import CheckpointError
+from mllm.errors import CheckpointError, ConfigError
 from mllm.model.configuration import MllmConfig
 from mllm.model.connectors import build_connector
 from mllm.model.lora import canonical_name, inject_lora, is_adapter
@@ -111,9 +112,7 @@ def save(
             _save_adapter(adapter, origin, folder / ADAPTER_DIR)
         manifest = {
             "format": FORMAT,
-            "base": {
-                part: asdict(base) for part, base in origin.base.items() if needs_base(model, part, weights)
-            },
+            "base": {part: asdict(base) for part, base in needed_bases(model, weights).items()},
             "parent": origin.parent,
             "weights": {name: describe(tensor) for name, tensor in sorted(weights.items())},
             "adapter": {name: describe(tensor) for name, tensor in sorted(adapter.items())},
@@ -146,15 +145,36 @@ def tensors_to_save(
     return weights, adapter
 
 
-def needs_base(model: MllmForConditionalGeneration, part: str, weights: Mapping[str, Any]) -> bool:
-    """Whether some parameter of the part is not among the saved weights."""
-    names = (canonical_name(f"{part}.{name}") for name, _ in getattr(model, part).named_parameters())
-    return any(name not in weights for name in names if not is_adapter(name))
+def needed_bases(model: MllmForConditionalGeneration, weights: Mapping[str, Any]) -> dict[str, Base]:
+    """The bases of parts with parameters that are not among the saved weights, and in which dtype."""
+    needed = {}
+    for part, base in origin_of(model).base.items():
+        for name, parameter in getattr(model, part).named_parameters():
+            plain = canonical_name(f"{part}.{name}")
+            if plain not in weights and not is_adapter(plain):
+                needed[part] = replace(base, dtype=dtype_name(parameter))
+                break
+    return needed
 
 
 def describe(tensor: torch.Tensor) -> dict[str, Any]:
-    """Shape and dtype of a tensor, for the manifest."""
-    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+    """Shape, dtype and checksum of a tensor, for the manifest."""
+    return {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "sum": int(checksum(tensor))}
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """`float32`, ..."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over the bits, so that no change is too small to show."""
+    flat = tensor.detach().contiguous().view(-1)
+    # Whole words are hundreds of times faster to sum than the halves or bytes they hold.
+    whole = all(n * flat.element_size() % 8 == 0 for n in (flat.numel(), flat.storage_offset()))
+    size = 8 if whole else flat.element_size()
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return flat.view(integer).sum(dtype=torch.int64)
 
 
 def _save_adapter(adapter: Mapping[str, torch.Tensor], origin: Origin, folder: Path) -> None:
@@ -173,15 +193,16 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     a directory with a manifest is always whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     folder = path.parent / f".{path.name}.tmp-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    if not path.exists():
+    with suppress(OSError):  # raised where a directory stands that is not empty
         folder.rename(path)
         return
     (path / MANIFEST).unlink(missing_ok=True)
@@ -243,7 +264,7 @@ def load_model(
     for part, source in (base or {}).items():
         if part not in bases:
             raise CheckpointError(f"{path}: {part!r} is saved whole, it has no base model to replace")
-        bases[part] = Base(str(source), bases[part].fingerprint)
+        bases[part] = replace(bases[part], source=str(source))
     model = _build(config, bases, weights)
     model.generation_config = GenerationConfig.from_pretrained(path)
     model.origin = Origin(base=bases, changed=set(weights), parent=manifest.get("parent"))  # type: ignore[assignment]
@@ -261,9 +282,11 @@ def restore(model: MllmForConditionalGeneration, path: Path) -> None:
     manifest = read_manifest(path)
     weights = _checked_tensors(path, sorted(path.glob("model*.safetensors")), manifest["weights"])
     own = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
-    missing = sorted(set(weights) - set(own))
-    if missing:
-        raise CheckpointError(f"{path}: tensor {missing[0]!r} has no place in the model of this run")
+    wanted, adapter = tensors_to_save(model, model.state_dict())
+    for saved, here in ((set(weights), set(wanted)), (set(manifest["adapter"]), set(adapter))):
+        if odd := sorted(saved ^ here):
+            side = "this run does not train it" if odd[0] in saved else "the checkpoint lacks it"
+            raise CheckpointError(f"{path}: cannot resume, {odd[0]!r}: {side}; resume with the same 'tune'")
     with torch.no_grad():
         for name, tensor in weights.items():
             own[name].copy_(tensor)
@@ -312,9 +335,13 @@ def _checked_tensors(
     if extra:
         raise CheckpointError(f"{path}: tensor {extra[0]!r} is not in the manifest ({len(extra)} in all)")
     for name, tensor in tensors.items():
-        if describe(tensor) != expected[name]:
+        found, wanted = describe(tensor), dict(expected[name])
+        sums = found.pop("sum"), wanted.pop("sum")
+        if found != wanted:
+            raise CheckpointError(f"{path}: tensor {name!r} is {found}, the manifest says {wanted}")
+        if sums[0] != sums[1]:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is {describe(tensor)}, the manifest says {expected[name]}"
+                f"{path}: tensor {name!r} has changed since it was saved; copy the checkpoint again"
             )
     return tensors
 
@@ -347,13 +374,20 @@ def _empty(config: MllmConfig, part: str) -> Any:
 
 
 def _from_base(part: str, base: Base) -> PreTrainedModel:
-    module = BASE_LOADERS[part](base.source)
+    try:
+        module = BASE_LOADERS[part](base.source, getattr(torch, base.dtype))
+    except ConfigError as error:
+        raise CheckpointError(f"the checkpoint needs its base model; {error}; {_moved(part)}") from error
     if fingerprint(base.source, module) != base.fingerprint:
         raise CheckpointError(
             f"base model of {part} at {base.source!r} is not the one this checkpoint was trained on; "
-            f"load with base={{{part!r}: <the right one>}}"
+            + _moved(part)
         )
     return module
+
+
+def _moved(part: str) -> str:
+    return f"if it has moved, load with base={{{part!r}: <its place>}}"
 
 
 def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: bool) -> None:
@@ -373,13 +407,14 @@ def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: 
             raise CheckpointError(
                 f"tensor '{part}.{name}' has shape {list(tensor.shape)}, the model {list(own[name].shape)}"
             )
-    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-    if complete and dtype is not None:
-        module.to(dtype)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        own = module.state_dict()
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            # Trained tensors may be float32 beside frozen ones of a lower precision.
+            if name in parameters:
+                parameters[name].data = tensor
+            else:
+                own[name].copy_(tensor)
 
 
 def _load_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
@@ -397,16 +432,15 @@ def _copy_adapter(model: MllmForConditionalGeneration, folder: Path, expected: M
     listed = {name.replace(".default.", "."): entry for name, entry in expected.items()}
     tensors = _checked_tensors(folder, [folder / "adapter_model.safetensors"], listed, PEFT_PREFIX)
     places = {
-        canonical_name(name).replace(".default.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        canonical_name(name).replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
         if is_adapter(name)
     }
     if set(places) != set(tensors):
         odd = sorted(set(places) ^ set(tensors))[0]
         raise CheckpointError(f"{folder}: adapter tensor {odd!r} stands on one side only")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            places[name].copy_(tensor)
+    for name, tensor in tensors.items():  # in the dtype they were trained in, whatever the base has
+        places[name].data = tensor.to(places[name].device)
 
 
 # -- the probe --------------------------------------------------------------------------------------
@@ -424,12 +458,16 @@ def probe(model: MllmForConditionalGeneration) -> dict[str, Any]:
     pixels = torch.cos(torch.arange(channels * height * width) * 0.01).reshape(1, channels, height, width)
     training = model.training
     model.eval()
+    # In a mixed precision run, accelerate lays autocast over `forward`; a loaded model computes without.
+    forward = model.__dict__.pop("forward", None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             logits = (
                 model(input_ids=ids, pixel_values=pixels.to(device), use_cache=False).logits[0, -2:].float()
             )
     finally:
+        if forward is not None:
+            model.forward = forward  # type: ignore[method-assign]
         model.train(training)
     step = max(1, vocab // 16)
     return {

@@ -16,7 +16,7 @@ from mllm.model.checkpoint import Origin
 from mllm.model.configuration import MllmConfig
 from mllm.model.connectors import build_connector
 from mllm.model.modeling import MllmForConditionalGeneration
-from mllm.model.parts import Base, fingerprint, load_language_model, load_named, load_vision_encoder
+from mllm.model.parts import base_of, load_language_model, load_named, load_vision_encoder
 from mllm.model.processing import AspectRatio, MllmProcessor
 from mllm.model.vision_encoder import FeatureLayer, feature_shape
 
@@ -73,7 +73,7 @@ def compose(
     sources = {"vision_encoder": (vision_encoder, vision), "language_model": (language_model, text)}
     model.origin = Origin(  # type: ignore[assignment]
         base={
-            part: Base(str(source), fingerprint(source, module))
+            part: base_of(source, module)
             for part, (source, module) in sources.items()
             if isinstance(source, (str, Path))
         }

@@ -71,4 +71,6 @@ def merge_lora(model: nn.Module) -> set[str]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
         changed.add(f"{name}.weight")
+    if hasattr(model, "peft_config"):  # or PEFT would take the next adapters for a second set
+        del model.peft_config
     return changed

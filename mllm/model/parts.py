@@ -24,10 +24,17 @@ SHIPPED = "mllm://"
 
 @dataclass(frozen=True)
 class Base:
-    """Where an untrained part came from: a directory or Hub name, and what its weights were."""
+    """Where an untrained part came from: a directory or Hub name; what its weights were; the dtype to use."""
 
     source: str
     fingerprint: str
+    dtype: str = "float32"
+
+
+def base_of(source: str | Path, module: PreTrainedModel) -> Base:
+    """The base that `module` was loaded from; a directory is named so that it is found from anywhere."""
+    place = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
+    return Base(place, fingerprint(source, module))
 
 
 def load_vision_config(source: str | Path) -> PreTrainedConfig:

@@ -77,10 +77,15 @@ class MllmProcessor(ProcessorMixin):
         self.content_parts = content_parts
         self.end_token = end_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
-        if IMAGE not in tokenizer.get_added_vocab():
+        # Where it is there but not special, an image that a user types would be parsed as one.
+        known = tokenizer.added_tokens_decoder.values()
+        if not any(token.content == IMAGE and token.special for token in known):
             tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # Llama's `legacy` decides where spaces go, and transformers 5 does not save it by itself.
+        if hasattr(tokenizer, "legacy"):
+            tokenizer.init_kwargs.setdefault("legacy", tokenizer.legacy)
         self.image_token = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
 
@@ -99,13 +104,25 @@ class MllmProcessor(ProcessorMixin):
             {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
         ]
         try:
-            text = "".join(piece.text for piece in self.pieces(probe))
-            self.content_parts = IMAGE in text
-        except DataError:
+            self.content_parts = IMAGE in "".join(piece.text for piece in self.pieces(probe))
+            refusal = f"it writes no {IMAGE} for an image"
+        except DataError as error:
             self.content_parts = False
-        last = [piece.text for piece in self.pieces(probe) if piece.supervised][-1].strip()
+            refusal = str(error)
+        try:
+            supervised = [piece.text for piece in self.pieces(probe) if piece.supervised]
+        except DataError as error:
+            raise ConfigError(
+                f"template {name!r} takes neither lists of parts ({refusal}) nor strings ({error})"
+            ) from error
+        if not supervised:
+            raise ConfigError(
+                f"template {name!r} marks nothing as supervised; put the answer in {{% generation %}}"
+            )
+        last = supervised[-1].strip()
         # `plain` ends with a newline, which is no stop token; its answers also end at end-of-sequence.
         self.end_token = last if last in self.tokenizer.get_added_vocab() else None
+        self.__dict__.pop("piece_tokenizer", None)
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -124,11 +141,13 @@ class MllmProcessor(ProcessorMixin):
         if self.chat_template is None:
             raise ConfigError("this processor has no chat template; call set_template(name)")
         specials = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        # `all_special_tokens` has only those with a name of their own: not the `<|end|>` of Phi.
+        added = self.tokenizer.added_tokens_decoder.values()
         return render(
             messages,
-            self.chat_template,
+            str(self.chat_template),
             specials,
-            self.tokenizer.all_special_tokens,
+            [token.content for token in added if token.special and token.content != IMAGE],
             parts=self.content_parts,
             open_answer=open_answer,
         )
@@ -211,7 +230,7 @@ class MllmProcessor(ProcessorMixin):
 
     # -- batches ------------------------------------------------------------------------------------
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self,
         conversations: Sequence[Sequence[Message]] | None = None,
         *,

@@ -100,7 +100,7 @@ def train_vision(
     steps: int,
     seed: int = 0,
     batch_size: int = 64,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 1.5e-3,
     report: Report | None = None,
 ) -> CLIPVisionModel:
     """Train from scratch on `scenes` and their captions; the encoder that comes back is fp32."""

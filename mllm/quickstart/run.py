@@ -17,8 +17,8 @@ from rich.console import Console
 from eval import run as eval_run
 from eval.compare import four_columns
 from eval.score import score
+from eval.tasks import pope_build
 from eval.tasks.pope import SPLITS
-from mllm import cli
 from mllm.chat.session import answer_of
 from mllm.data.schema import user
 from mllm.decoding import describe, parse_decode
@@ -28,6 +28,7 @@ from mllm.quickstart.scenes import WorldFiles, file_names, write_world
 from mllm.quickstart.wording import instruction_rows
 from mllm.quickstart.world import measure_habits
 from mllm.training.guards import plot_losses, read_metrics
+from mllm.training.train import train
 
 # The settings of VCD are the paper's: alpha 1, beta 0.1, 500 noise steps; sampling at temperature 1.
 COLUMNS = {
@@ -140,8 +141,13 @@ def _train(
         *overrides,
     ]
     recipe = f"quickstart/{stage}"
-    console.print(f"[dim]$ mllm train {shlex.join([recipe, *settings])}[/]", soft_wrap=True)
-    cli.train(recipe, settings)
+    _show(console, "train", recipe, *settings)
+    train(recipe, settings)
+
+
+def _show(console: Console, *command: object) -> None:
+    """The command that does the same."""
+    console.print(f"[dim]$ mllm {shlex.join(map(str, command))}[/]", soft_wrap=True)
 
 
 def _evaluate(
@@ -149,16 +155,19 @@ def _evaluate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(four columns, blank images): every prediction is kept under `out/pope`."""
     folder = out / "pope"
-    cli.eval_build(world.instances["val"], folder, images=size.pope_images, per_image=6, seed=seed)
+    instances = world.instances["val"]
+    _show(console, "eval", "build", instances, folder, "--images", size.pope_images, "--seed", seed)
+    pope_build.write(instances, folder, n_images=size.pope_images, n_per_image=6, seed=seed)
 
     def accuracy_of(split: str, name: str, decode: str, run_seed: int, blank: bool = False) -> dict[str, Any]:
         questions = folder / f"pope_{split}.jsonl"
+        out_file = folder / f"{name}.{split}.{run_seed}.jsonl"
         predictions = eval_run.run(
             model,
             processor,
             questions,
             world.images,
-            folder / f"{name}.{split}.{run_seed}.jsonl",
+            out_file,
             decode=decode,
             seed=run_seed,
             batch_size=60,
@@ -174,7 +183,19 @@ def _evaluate(
     for column, decode in COLUMNS.items():
         seeds = [seed + s for s in SEEDS] if "sample" in column else [seed]
         runs[column] = {split: [accuracy_of(split, column, decode, s) for s in seeds] for split in SPLITS}
-        console.print(f"{column}: {len(seeds) * len(SPLITS)} runs done")
+        example = (folder / "pope_random.jsonl", folder / f"{column}.random.{seeds[0]}.jsonl")
+        options = (
+            "--image-root",
+            world.images,
+            "--decode",
+            decode,
+            "--batch-size",
+            60,
+            "--max-new-tokens",
+            4,
+        )
+        _show(console, "eval", "run", out / "instruct", *example, *options)
+        console.print(f"{column}: {len(SPLITS)} splits, {len(seeds)} {'seeds' if len(seeds) > 1 else 'run'}")
     blank = [accuracy_of(split, "blank", "greedy", seed, blank=True) for split in SPLITS]
     means = {key: sum(result[key] for result in blank) / len(blank) for key in ("accuracy", "yes_ratio")}
     return four_columns(runs), means

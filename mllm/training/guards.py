@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
-from mllm.model.checkpoint import part_of
+from mllm.model.checkpoint import checksum, part_of
 from mllm.training.trainer import TrainingStoppedError
+
+
+# Steps that a part may go without a gradient: the first rows may all be text, which no connector sees.
+PATIENCE = 10
 
 
 class TrainabilityGuard(TrainerCallback):
@@ -18,16 +22,19 @@ class TrainabilityGuard(TrainerCallback):
 
     def __init__(self) -> None:
         self.frozen: dict[str, torch.Tensor] = {}
-        self.checked = False
+        self.steps = 0
+        self.silent: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Note checksums of the frozen tensors."""
+        """Note checksums of the frozen tensors, and the parts that must get gradients."""
         self.frozen = {name: checksum(p) for name, p in model.named_parameters() if not p.requires_grad}
+        self.silent = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
+        self.steps = 0
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the gradients of the first step, and one gradient of every step for NaN."""
+        """Check the gradients of the first steps, and one gradient of every step for NaN."""
         if args.deepspeed:
             return  # DeepSpeed keeps gradients to itself and has already stepped here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -38,31 +45,30 @@ class TrainabilityGuard(TrainerCallback):
                 f"step {state.global_step + 1}: a gradient is not finite; lower the learning rate, "
                 "or train in bf16 or float32"
             )
-        if self.checked:
-            return
-        self.checked = True
-        without = [name for name, p in trainable if p.grad is None]
+        without = [name for name, p in trainable if p.grad is None] if self.steps == 0 else []
         if without:
             raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
-        alive = {part_of(name) for name, p in trainable if p.grad.abs().max() > 0}
-        dead = {part_of(name) for name, _ in trainable} - alive
-        if dead:
+        self.steps += 1
+        if self.silent:
+            self.silent -= {part_of(name) for name, p in trainable if p.grad.abs().max() > 0}
+            if self.steps >= PATIENCE:
+                self._refuse_silence()
+
+    def _refuse_silence(self) -> None:
+        if self.silent:
             raise TrainingStoppedError(
-                f"{sorted(dead)[0]} is declared trainable and all its gradients are zero"
+                f"{min(self.silent)} is declared trainable and all its gradients were zero for "
+                f"{self.steps} steps; freeze it, or check that the rows have images"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Compare the frozen tensors with what they were."""
+        if self.steps:
+            self._refuse_silence()
         now = dict(model.named_parameters())
         moved = [name for name, before in self.frozen.items() if not torch.equal(checksum(now[name]), before)]
         if moved:
             raise TrainingStoppedError(f"{moved[0]} is declared frozen and has changed")
-
-
-def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over the bits, so that no change is too small to show."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}[tensor.element_size()]
-    return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
 
 
 class QuietProgress(ProgressCallback):
@@ -133,5 +139,6 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_xlabel("step")
     axes.set_ylabel("loss per supervised token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path)

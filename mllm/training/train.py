@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch.utils.data import ConcatDataset
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
@@ -19,11 +19,24 @@ from mllm.training.build import build
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.resume import last_checkpoint
 from mllm.training.trainer import MllmTrainer
-from mllm.training.tuning import apply_tuning, tuning_table
+from mllm.training.tuning import apply_tuning, tuning_table, upcast_trained
 
 
-def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path:
-    """Run one stage and return the checkpoint directory (the run's `output_dir`)."""
+def train(
+    recipe: str | Path | RunConfig,
+    overrides: Sequence[str] = (),
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Path:
+    """Run one stage.
+
+    Args:
+        recipe: a recipe's file or shipped name, or a configuration.
+        overrides: `section.key=value`, laid over a recipe's file.
+        callbacks: called beside our own, in the way of Hugging Face's Trainer.
+
+    Returns:
+        The checkpoint directory (the run's `output_dir`).
+    """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
     torch.manual_seed(options.seed)  # the connector's first weights
@@ -35,9 +48,7 @@ def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
     model, processor = build(config.model)
     reports = apply_tuning(model, config.tune)
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        upcast_trained(model, config.tune)
     rates = {part: options.learning_rates.get(part, options.learning_rate) for part in PARTS}  # type: ignore[call-overload]
     trainer = MllmTrainer(
         model=model,
@@ -47,7 +58,7 @@ def train(recipe: str | Path | RunConfig, overrides: Sequence[str] = ()) -> Path
         processor=processor,
         rates=rates,
         record=run_record(config, len(rows)),
-        callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir))],
+        callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir)), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

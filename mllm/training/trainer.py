@@ -102,6 +102,8 @@ class MllmTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # every rank calls, one writes
+            return
         record = {**self.record, "step": self.state.global_step}
         save(
             self._plain_model(),

@@ -30,19 +30,19 @@ class PartReport:
 def apply_tuning(model: MllmForConditionalGeneration, tune: TuneSection) -> list[PartReport]:
     """Set `requires_grad` and insert LoRA layers as declared.
 
-    A checkpoint that carries adapters keeps training them if the same parts are declared `lora`;
-    otherwise they are merged into their weights first.
+    A checkpoint that carries adapters keeps training them if the same parts are declared `lora` with the
+    same settings; otherwise they are merged into their weights first.
 
     Returns:
         One report a part.
 
     Raises:
-        ConfigError: nothing would be trained.
+        ConfigError: nothing would be trained, or nothing of a part that is not frozen.
     """
     origin = origin_of(model)
     wanted = {part for part in PARTS if getattr(tune, part) == "lora"}
     present = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
-    if present and present != wanted:
+    if present and not (present == wanted and (origin.lora or {}).items() >= _settings(tune).items()):
         origin.changed |= merge_lora(model)
         origin.lora = None
         present = set()
@@ -55,9 +55,16 @@ def apply_tuning(model: MllmForConditionalGeneration, tune: TuneSection) -> list
     unused = _freeze_unreachable(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing is trained: every part is 'frozen' in the section 'tune'")
-    return [
+    reports = [
         _report(model, part, getattr(tune, part), unused if part == "vision_encoder" else 0) for part in PARTS
     ]
+    for report in reports:
+        if report.tuning != "frozen" and not report.trainable:
+            raise ConfigError(
+                f"tune.{report.part} is {report.tuning!r}, but no such parameter of it takes part in the loss; "
+                "freeze it, or move model.vision_feature_layer"
+            )
+    return reports
 
 
 def _inject(model: MllmForConditionalGeneration, parts: set[str], tune: TuneSection) -> dict:
@@ -66,13 +73,16 @@ def _inject(model: MllmForConditionalGeneration, parts: set[str], tune: TuneSect
     return inject_lora(
         model,
         {
-            "r": tune.lora.r,
-            "lora_alpha": tune.lora.alpha,
-            "lora_dropout": tune.lora.dropout,
+            **_settings(tune),
             "bias": "none",
             "target_modules": targets,
         },
     )
+
+
+def _settings(tune: TuneSection) -> dict[str, float]:
+    """The recipe's LoRA settings under PEFT's names."""
+    return {"r": tune.lora.r, "lora_alpha": tune.lora.alpha, "lora_dropout": tune.lora.dropout}
 
 
 def _freeze_unreachable(model: MllmForConditionalGeneration) -> int:
@@ -93,7 +103,8 @@ def _freeze_unreachable(model: MllmForConditionalGeneration) -> int:
         features = patch_features(
             vision, pixels, model.config.vision_feature_layer, model.config.num_prefix_tokens
         )
-        features.float().sum().backward()
+        if features.requires_grad:  # else no parameter lies in front of the feature layer
+            features.float().sum().backward()
     unused = 0
     for parameter in vision.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -101,6 +112,21 @@ def _freeze_unreachable(model: MllmForConditionalGeneration) -> int:
             unused += parameter.numel()
         parameter.grad = None
     return unused
+
+
+def upcast_trained(model: MllmForConditionalGeneration, tune: TuneSection) -> None:
+    """Train in float32 what is trained: a part tuned in full as a whole, else the adapters in it.
+
+    Within a part tuned in full, layers that the loss does not reach are still computed, and most kernels
+    refuse two dtypes in one layer norm.
+    """
+    for part in PARTS:
+        module = getattr(model, part)
+        if getattr(tune, part) == "full":
+            module.float()
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def _report(model: MllmForConditionalGeneration, part: str, tuning: str, unused: int) -> PartReport:

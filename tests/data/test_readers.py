@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -528,13 +529,21 @@ def test_empty_caption_is_named(tmp_path: Path) -> None:
 # --- Conversion ------------------------------------------------------------------------------------
 
 
+def without_place(row: Any) -> dict[str, Any]:
+    """A row without the file and line it came from."""
+    assert row["source"]
+    return {key: value for key, value in row.items() if key != "source"}
+
+
 @pytest.mark.parametrize("as_list", [False, True])
 def test_conversion_round_trip(tmp_path: Path, as_list: bool) -> None:
     source = (write_list if as_list else write_lines)(tmp_path / "a.json", GOOD)
     output = tmp_path / "deep" / "out.jsonl"
     done = convert(source, output)
     assert (done.rows, done.images, done.bad) == (5, 5, 0)
-    assert list(open_rows(output)) == list(open_rows(source))
+    assert [without_place(row) for row in open_rows(output)] == [
+        without_place(row) for row in open_rows(source)
+    ]
     assert [p.name for p in output.parent.iterdir()] == ["out.jsonl"]
     again = tmp_path / "again.jsonl"
     convert(output, again, format="messages")
@@ -560,6 +569,7 @@ def test_skipped_rows_are_counted_with_reasons(tmp_path: Path) -> None:
     assert (done.rows, done.bad) == (5, 3)
     assert done.first_bad.startswith(f"{source}:6 (id 7): 1 '<image>' in the 'human' turns")
     assert sorted(done.reasons.values()) == [1, 2]
+    assert json.loads(json.dumps(asdict(done), default=str))["reasons"] == done.reasons
     assert done.reasons["field 'conversations' must be a non-empty list of turns"] == 1
     with pytest.raises(DataError, match=r"3 of 8 rows are bad, more than the share max_bad=0.3 allows"):
         convert(source, tmp_path / "none.jsonl", on_error="skip", max_bad=0.3)
@@ -575,6 +585,16 @@ def test_missing_images_count_as_one_reason(tmp_path: Path) -> None:
     assert list(done.reasons.values()) == [4]
     with pytest.raises(DataError, match=r"a\.jsonl:1 \(id 0\): field 'image': file .* does not exist"):
         convert(source, tmp_path / "out2.jsonl", **options)
+
+
+def test_output_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """Whoever has the old file open keeps on reading the old file."""
+    source = write_lines(tmp_path / "a.jsonl", GOOD)
+    output = write_lines(tmp_path / "out.jsonl", ["old"])
+    with output.open() as reader:
+        convert(source, output)
+        assert reader.read() == '"old"\n'
+    assert len(open_rows(output)) == 5
 
 
 def test_output_must_not_be_the_source(tmp_path: Path) -> None:

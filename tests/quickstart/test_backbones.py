@@ -26,7 +26,7 @@ from mllm.quickstart.wording import ONE_WORD
 from mllm.quickstart.world import COLOURS, IMAGE_SIZE, KINDS, make_scenes, measure_habits
 
 BACKBONES = Path(mllm.quickstart.__file__).parent / "backbones"
-SCENES = make_scenes(80, 0, "pretrain")
+SCENES = make_scenes(80, 0, "pretrain_language")
 HABITS = measure_habits(SCENES)
 
 
