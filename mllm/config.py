@@ -168,18 +168,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    raw[last] = _scalar(value)
-
-
-def _scalar(value: str) -> Any:
-    """A YAML value; `1e-4`, which YAML 1.1 reads as a string, is a number."""
-    parsed = yaml.safe_load(value)
-    if isinstance(parsed, str):
-        try:
-            return float(parsed)
-        except ValueError:
-            return parsed
-    return parsed
+    try:
+        # YAML 1.1 reads `1e-4` as a string; the field's type makes it a number, in a file as here.
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory to write into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20000, help="scenes to pretrain on")
-    parser.add_argument("--vision-steps", type=int, default=4000)
-    parser.add_argument("--language-steps", type=int, default=4000)
+    parser.add_argument("--vision-steps", type=int, default=3000)
+    parser.add_argument("--language-steps", type=int, default=1800)
     parser.add_argument("--only", choices=["vision", "language"], help="make one of the two")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -70,6 +70,7 @@ def save_small(model: PreTrainedModel, directory: Path) -> None:
         name: tensor.half() for name, tensor in load_file(weights).items() if tensor.is_floating_point()
     }
     save_file(halves, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes files that only their owner can read
     config = directory / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")

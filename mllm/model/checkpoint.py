@@ -449,7 +449,7 @@ def _copy_adapter(model: MllmForConditionalGeneration, folder: Path, expected: M
 def probe(model: MllmForConditionalGeneration) -> dict[str, Any]:
     """Logits on a fixed input (one image and eight tokens), sampled over the vocabulary."""
     config = model.config
-    device = model.get_input_embeddings().weight.device
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     vocab = config.text_config.vocab_size
     text = (torch.arange(8) * 37 + 11) % vocab
     text[text == config.image_token_id] = 0

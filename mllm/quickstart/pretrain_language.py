@@ -38,8 +38,8 @@ def train_language(
     tokenizer: PreTrainedTokenizerBase,
     steps: int,
     seed: int = 0,
-    batch_size: int = 16,
-    learning_rate: float = 1.5e-3,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
     report: Report | None = None,
 ) -> LlamaForCausalLM:
     """Train from scratch on documents about `scenes`; the model that comes back is fp32."""

@@ -38,6 +38,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         seed=options.seed,
         dataloader_num_workers=options.num_workers,
         deepspeed=options.deepspeed,
+        ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),

@@ -12,7 +12,6 @@ from transformers import ProgressCallback, TrainerCallback
 from mllm.model.checkpoint import checksum, part_of
 from mllm.training.trainer import TrainingStoppedError
 
-
 # Steps that a part may go without a gradient: the first rows may all be text, which no connector sees.
 PATIENCE = 10
 

@@ -61,8 +61,8 @@ def apply_tuning(model: MllmForConditionalGeneration, tune: TuneSection) -> list
     for report in reports:
         if report.tuning != "frozen" and not report.trainable:
             raise ConfigError(
-                f"tune.{report.part} is {report.tuning!r}, but no such parameter of it takes part in the loss; "
-                "freeze it, or move model.vision_feature_layer"
+                f"tune.{report.part} is {report.tuning!r}, but no such parameter of it takes part in "
+                "the loss; freeze it, or move model.vision_feature_layer"
             )
     return reports
 

@@ -34,6 +34,8 @@ from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
 
 STEPS = 3
+# The feature layer is the last but one, and CLIP's final norm only feeds the pooled output.
+UNREACHED = re.compile(r"vision_encoder\..*(layers\.2\.|post_layernorm)")
 WEIGHTS, ADAPTER = "model.safetensors", "adapter/adapter_model.safetensors"
 
 
@@ -140,12 +142,7 @@ def test_only_what_differs_from_the_bases_is_in_the_file(run_of: Callable[[str],
     saved = load_file(run.output / WEIGHTS)
     model, _ = build(run_config(run.world, run.output, TUNINGS[name]).model)
     reachable = {
-        part: {
-            n
-            for n, _ in model.named_parameters()
-            # The feature layer is the last but one, and CLIP's final norm only feeds the pooled output.
-            if n.startswith(part) and not re.match(r"vision_encoder\..*(layers\.2\.|post_layernorm)", n)
-        }
+        part: {n for n, _ in model.named_parameters() if n.startswith(part) and not UNREACHED.match(n)}
         for part in run.parts
     }
     want = {n for part, tuning in run.parts.items() if tuning == "full" for n in reachable[part]}
@@ -222,11 +219,13 @@ def test_mixed_precision_comes_back_as_it_was(world: Path, tmp_path: Path, name:
     model, _ = mllm.load(train(config, callbacks=[spy]))
     low = {part for part, tuning in tune(*TUNINGS[name]).items() if tuning in ("frozen", "lora")}
     for tensor_name, found in dtypes.items():
+        if UNREACHED.match(tensor_name):
+            continue
         frozen = tensor_name.split(".")[0] in low and not is_adapter(tensor_name)
         assert found == (getattr(torch, dtype) if frozen else torch.float32), tensor_name
     assert {name: p.dtype for name, p in model.named_parameters()} == dtypes
     for tensor_name, parameter in model.named_parameters():
-        assert torch.equal(parameter, spy.tensors[tensor_name]), tensor_name
+        assert UNREACHED.match(tensor_name) or torch.equal(parameter, spy.tensors[tensor_name]), tensor_name
 
 
 def test_load_casts_on_request(run_of: Callable[[str], Run]) -> None:
@@ -361,7 +360,10 @@ def test_the_probe_sees_every_part(run_of: Callable[[str], Run], tmp_path: Path)
         (lambda p: (p / MANIFEST).unlink(), f"no {MANIFEST} here"),
         (lambda p: (p / MANIFEST).write_text("{"), f"{MANIFEST}: cannot be read"),
         (lambda p: edit_json(p / MANIFEST, lambda m: m.update(format=99)), "format 99, this version reads 1"),
-        (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-100]), f"{WEIGHTS}: cannot be read"),
+        (
+            lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:-100]),
+            f"{WEIGHTS}: cannot be read",
+        ),
         (lambda p: (p / WEIGHTS).write_bytes(b""), f"{WEIGHTS}: cannot be read"),
         (lambda p: (p / WEIGHTS).unlink(), "tensor 'connector.* is missing"),
         (lambda p: (p / ADAPTER).unlink(), "adapter_model.safetensors: cannot be read"),
@@ -394,7 +396,7 @@ def test_a_changed_base_model_is_named(spoilt_world: tuple[Path, Path]) -> None:
     world, run = spoilt_world
     torch.manual_seed(99)
     make_vision().save_pretrained(world / "vision")
-    with pytest.raises(CheckpointError, match="base model of vision_encoder at .* is not the one") as error:
+    with pytest.raises(CheckpointError, match=r"base model of vision_encoder at .* is not the one") as error:
         mllm.load(run)
     assert "base={'vision_encoder'" in str(error.value)
 
@@ -457,6 +459,7 @@ def test_merged_is_unmerged(run_of: Callable[[str], Run], tmp_path: Path, name: 
     want = logits_of(model, processor)
     merge_lora(model)
     assert not any(is_adapter(n) for n, _ in model.named_parameters())
+    assert not hasattr(model, "peft_config")
     torch.testing.assert_close(logits_of(model, processor), want, atol=1e-5, rtol=1e-5)
 
 
@@ -479,9 +482,7 @@ def test_stage_two_from_a_lora_checkpoint(run_of: Callable[[str], Run], world: P
 
 
 @pytest.mark.parametrize("again", ["lora_llm_vision", "lora_llm", "llm", "all"])
-def test_a_third_stage_reloads(
-    run_of: Callable[[str], Run], world: Path, tmp_path: Path, again: str
-) -> None:
+def test_a_third_stage_reloads(run_of: Callable[[str], Run], world: Path, tmp_path: Path, again: str) -> None:
     section = {"init_from": str(run_of("lora_llm_vision").output)}
     spy = LogitsAtSave()
     config = run_config(world, tmp_path / "next", TUNINGS[again], section, save_steps=1, max_steps=2)

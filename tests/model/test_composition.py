@@ -36,7 +36,9 @@ def composed(request: pytest.FixtureRequest) -> Composed:
     return make_model(*request.param)
 
 
-def greedy(model: MllmForConditionalGeneration, batch: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def greedy(
+    model: MllmForConditionalGeneration, batch: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """New tokens [B, T] and the logits [B, T, V] behind them; never stops early."""
     output = model.generate(
         **batch,
@@ -281,7 +283,7 @@ def test_an_unknown_connector_names_the_known_ones() -> None:
 
 
 def test_an_unknown_connector_argument_is_named() -> None:
-    with pytest.raises(ConfigError, match="connector 'mlp'.*'width'"):
+    with pytest.raises(ConfigError, match=r"connector 'mlp'.*'width'"):
         MllmForConditionalGeneration.from_components(
             vision_encoder=make_vision(),
             language_model=make_language_model(),

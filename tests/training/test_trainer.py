@@ -42,7 +42,9 @@ class Gradients(TrainerCallback):
     def __init__(self) -> None:
         self.found: dict[str, torch.Tensor] = {}
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
+    ) -> None:
         if not self.found:
             self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
@@ -65,7 +67,9 @@ def eight(world: Path) -> Path:
     return write_rows(world / "eight", 8)
 
 
-def first_gradients(world: Path, output: Path, eight: Path, batch: int, steps: int) -> dict[str, torch.Tensor]:
+def first_gradients(
+    world: Path, output: Path, eight: Path, batch: int, steps: int
+) -> dict[str, torch.Tensor]:
     spy = Gradients()
     config = run_config(
         world,
@@ -81,7 +85,9 @@ def first_gradients(world: Path, output: Path, eight: Path, batch: int, steps: i
 
 
 @pytest.fixture(scope="module")
-def whole_batch(world: Path, eight: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def whole_batch(
+    world: Path, eight: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
     return first_gradients(world, tmp_path_factory.mktemp("8x1") / "run", eight, 8, 1)
 
 
@@ -126,7 +132,7 @@ def test_a_text_only_batch_calls_every_part(world: Path) -> None:
     config = run_config(world, world / "x", TUNINGS["all"])
     model, processor = build(config.model)
     apply_tuning(model, config.tune)
-    rows = [row for row in open_rows(world / "rows" / "rows.jsonl", "auto", world / "rows")][1::3]
+    rows = list(open_rows(world / "rows" / "rows.jsonl", "auto", world / "rows"))[1::3]
     batch = Collator(processor)(rows)
     assert "pixel_values" not in batch
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -197,7 +203,12 @@ def test_the_rate_of_a_part_moves_that_part(world: Path, tmp_path: Path) -> None
     """Adam's first step is as large as the rate, whatever the gradient."""
     before, _ = build(run_config(world, tmp_path, TUNINGS["llm"]).model)
     config = run_config(
-        world, tmp_path / "run", TUNINGS["llm"], max_steps=1, learning_rate=1e-4, learning_rates={"connector": 1e-2}
+        world,
+        tmp_path / "run",
+        TUNINGS["llm"],
+        max_steps=1,
+        learning_rate=1e-4,
+        learning_rates={"connector": 1e-2},
     )
     torch.manual_seed(config.train.seed)
     before, _ = build(config.model)
@@ -218,7 +229,9 @@ def test_a_loss_that_is_no_number_stops_and_names_the_rows(world: Path, tmp_path
     config = run_config(
         world, tmp_path / "run", TUNINGS["llm"], learning_rate=1e30, max_grad_norm=0.0, max_steps=4
     )
-    with pytest.raises(TrainingStoppedError, match=r"step [23]: the loss is (nan|inf) on rows .*r\d+") as error:
+    with pytest.raises(
+        TrainingStoppedError, match=r"step [23]: the loss is (nan|inf) on rows .*r\d+"
+    ) as error:
         train(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run" / "mllm_manifest.json").exists()
@@ -244,7 +257,9 @@ def test_a_trained_part_that_gets_no_gradient_stops(world: Path, tmp_path: Path)
     rows.write_text("\n".join(lines[1::3]) + "\n")
     for max_steps, steps in ((2, 2), (20, 10)):
         config = with_rows(run_config(world, tmp_path / "run", TUNINGS["llm"], max_steps=max_steps), rows)
-        with pytest.raises(TrainingStoppedError, match=f"connector is declared trainable.* zero for {steps} steps"):
+        with pytest.raises(
+            TrainingStoppedError, match=f"connector is declared trainable.* zero for {steps} steps"
+        ):
             train(config)
     config = with_rows(run_config(world, tmp_path / "run", ("frozen", "frozen", "full")), rows)
     train(config)
@@ -256,7 +271,9 @@ def test_a_first_batch_of_text_does_not_stop_a_run(world: Path, tmp_path: Path) 
     class SawText(TrainerCallback):
         quiet = 0
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
+        ) -> None:
             self.quiet += all(not p.grad.any() for p in model.connector.parameters())
 
     spy = SawText()
@@ -275,7 +292,9 @@ def test_a_frozen_tensor_that_moves_stops(world: Path, tmp_path: Path) -> None:
                 weight.view(torch.int32)[3, 3] ^= 1
 
     config = run_config(world, tmp_path / "run", TUNINGS["connector"], max_steps=1)
-    with pytest.raises(TrainingStoppedError, match=r"layers.0.mlp.fc1.weight is declared frozen and has changed"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"layers.0.mlp.fc1.weight is declared frozen and has changed"
+    ):
         train(config, callbacks=[Thaw()])
 
 
@@ -311,9 +330,7 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, name: s
     whole = train(config("whole"))
     with pytest.raises(KeyboardInterrupt):
         train(config("parts"), callbacks=[Crash()])
-    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6, 7] or [
-        line["step"] for line in metrics(tmp_path / "parts")
-    ] == [1, 2, 3, 4, 5, 6]
+    assert metrics(tmp_path / "parts")[-1]["step"] > 5, "some steps behind the checkpoint must be cut off"
     parts = train(config("parts", resume=True))
     for key in ("step", "loss", "grad_norm", "learning_rate"):
         assert [line[key] for line in metrics(parts)] == [line[key] for line in metrics(whole)], key
@@ -334,7 +351,9 @@ def test_resume_takes_the_newest_complete_checkpoint(world: Path, tmp_path: Path
     (output / "checkpoint-10" / "trainer_state.json").unlink()  # killed while it was written
     assert last_checkpoint(output, True) == str(output / "checkpoint-3")
     assert last_checkpoint(output, False) is None
-    with pytest.raises(ConfigError, match="train.resume: .*checkpoint-10' is no complete training checkpoint"):
+    with pytest.raises(
+        ConfigError, match=r"train.resume: .*checkpoint-10' is no complete training checkpoint"
+    ):
         last_checkpoint(output, str(output / "checkpoint-10"))
     again = train(run_config(world, output, TUNINGS["connector"], resume=str(output / "checkpoint-2")))
     assert [line["step"] for line in metrics(again)] == [1, 2, 3]
@@ -343,7 +362,7 @@ def test_resume_takes_the_newest_complete_checkpoint(world: Path, tmp_path: Path
 @pytest.mark.parametrize("other", ["llm", "lora_llm"])
 def test_resuming_with_another_tuning_is_refused(world: Path, tmp_path: Path, other: str) -> None:
     output = train(run_config(world, tmp_path / "run", TUNINGS["connector"], save_steps=1, max_steps=1))
-    with pytest.raises(CheckpointError, match="cannot resume, '.*': the checkpoint lacks it"):
+    with pytest.raises(CheckpointError, match=r"cannot resume, '.*': the checkpoint lacks it"):
         train(run_config(world, output, TUNINGS[other], resume=True))
 
 
@@ -351,7 +370,9 @@ def test_resume_of_a_run_that_starts_from_adapters(world: Path, tmp_path: Path) 
     """Weights that the stage before trained and this one does not are part of the model all the same."""
     first = train(run_config(world, tmp_path / "first", TUNINGS["lora_llm_vision"]))
     section = {"init_from": str(first)}
-    whole = train(run_config(world, tmp_path / "whole", TUNINGS["connector"], section, save_steps=2, max_steps=4))
+    whole = train(
+        run_config(world, tmp_path / "whole", TUNINGS["connector"], section, save_steps=2, max_steps=4)
+    )
     config = run_config(
         world, whole, TUNINGS["connector"], section, max_steps=4, resume=str(whole / "checkpoint-2")
     )
@@ -363,7 +384,9 @@ def test_resume_of_a_run_that_starts_from_adapters(world: Path, tmp_path: Path) 
 
 
 def test_metrics_and_curve(world: Path, tmp_path: Path) -> None:
-    output = train(run_config(world, tmp_path / "run", TUNINGS["connector"], save_steps=1, save_total_limit=1))
+    output = train(
+        run_config(world, tmp_path / "run", TUNINGS["connector"], save_steps=1, save_total_limit=1)
+    )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert all(line["loss"] > 0 and "grad_norm" in line for line in lines if "loss" in line)
@@ -402,23 +425,33 @@ def test_two_processes_are_one(world: Path, tmp_path: Path, name: str) -> None:
     With one row a micro-batch, one process often has a picture where the other has none.
     """
     one = run_config(
-        world, tmp_path / "one", TUNINGS[name], per_device_batch_size=2, gradient_accumulation_steps=2, save_steps=1
+        world,
+        tmp_path / "one",
+        TUNINGS[name],
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_steps=1,
     )
     two = run_config(
-        world, tmp_path / "two", TUNINGS[name], per_device_batch_size=1, gradient_accumulation_steps=2, save_steps=1
+        world,
+        tmp_path / "two",
+        TUNINGS[name],
+        per_device_batch_size=1,
+        gradient_accumulation_steps=2,
+        save_steps=1,
     )
     recipe = tmp_path / "two.yaml"
     recipe.write_text(yaml.safe_dump(two.model_dump()))
     train(one)
     launched = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
             *(str(REPOSITORY / "scripts" / "train.py"), str(recipe)),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         check=False,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
