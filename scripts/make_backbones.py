@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=20000, help="scenes to pretrain on")
     parser.add_argument("--vision-steps", type=int, default=3000)
-    parser.add_argument("--language-steps", type=int, default=1800)
+    parser.add_argument("--language-steps", type=int, default=2400)
     parser.add_argument("--only", choices=["vision", "language"], help="make one of the two")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -76,7 +77,7 @@ def save_small(model: PreTrainedModel, directory: Path) -> None:
     config.write_text(json.dumps(values | {"dtype": "float32"}, indent=2) + "\n")
 
 
-def _printer(part: str):
+def _printer(part: str) -> Callable[[int, int, float], None]:
     start, recent = time.perf_counter(), []
 
     def report(step: int, steps: int, loss: float) -> None:

@@ -6,7 +6,7 @@ Nothing here is a stand-in: the classes are those that a 7B run loads, only smal
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,9 @@ TEXT_CONFIGS: dict[str, Callable[[int], Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     """Every test starts from the same random state, in whatever order tests run."""
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,9 @@ def test_shipped_recipes_are_named_as_they_are() -> None:
         assert name in shipped_recipes()
 
 
-def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(*make_model(), tmp_path / "runs" / "mine")
     make_picture().save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

@@ -71,7 +71,7 @@ def compose(
     model = _assemble(config, vision, module.to(dtype or torch.float32), text)
     set_generation_defaults(model, processor)
     sources = {"vision_encoder": (vision_encoder, vision), "language_model": (language_model, text)}
-    model.origin = Origin(  # type: ignore[assignment]
+    model.origin = Origin(
         base={
             part: base_of(source, module)
             for part, (source, module) in sources.items()

@@ -67,7 +67,7 @@ def merge_lora(model: nn.Module) -> set[str]:
     changed = set()
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     for name, layer in layers:
-        layer.merge(safe_merge=True)  # type: ignore[attr-defined]
+        layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.get_base_layer())
         changed.add(f"{name}.weight")

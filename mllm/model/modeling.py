@@ -22,7 +22,7 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = MllmConfig
     config: MllmConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -45,7 +45,7 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return compose(**components)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint directory of ours, checked against its manifest, or plain weights."""
         from mllm.model.checkpoint import has_manifest, load_model  # checkpoint imports this module
 

@@ -48,7 +48,8 @@ def load_vision_encoder(
 ) -> PreTrainedModel:
     """A vision model; of a CLIP-like pair, the vision half."""
     if isinstance(source, PreTrainedModel):
-        return source.vision_model if hasattr(source.config, "vision_config") else source
+        half: Any = source.vision_model if hasattr(source.config, "vision_config") else source
+        return half
     config = load_vision_config(source)
     model_class = MODEL_MAPPING[type(config)]
     return load_named(model_class, source, "vision_encoder", config=config, dtype=dtype or torch.float32)

@@ -225,7 +225,8 @@ def _how_many(scene: Scene, rng: random.Random, habits: Habits) -> Turn:
     count = scene.counts[kind]
     verb, noun = ("is", kind) if count == 1 else ("are", plural(kind))
     question = f"How many {plural(kind)} are there?"
-    return _answer(question, NUMBERS[count].capitalize(), f"There {verb} {NUMBERS[count]} {noun}.", rng)
+    short = NUMBERS[count].capitalize() if count else "None"
+    return _answer(question, short, f"There {verb} {NUMBERS[count]} {noun}.", rng)
 
 
 def left_neighbour(scene: Scene, obj: SceneObject) -> SceneObject | None:

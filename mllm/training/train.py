@@ -13,6 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
+from mllm.data.schema import Row
 from mllm.model.modeling import PARTS
 from mllm.training.arguments import run_record, training_arguments
 from mllm.training.build import build
@@ -40,8 +41,8 @@ def train(
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
     torch.manual_seed(options.seed)  # the connector's first weights
-    rows = ConcatDataset(
-        [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]
+    rows: ConcatDataset[Row] = ConcatDataset(
+        [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]  # type: ignore[misc]
     )
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.

@@ -15,8 +15,9 @@ import torch
 from transformers import Trainer
 
 from mllm.errors import MllmError
-from mllm.model.checkpoint import part_of, probe, restore, save
+from mllm.model.checkpoint import part_of, restore, save
 from mllm.model.modeling import MllmForConditionalGeneration
+from mllm.model.probe import probe
 from mllm.model.processing import MllmProcessor
 
 
@@ -53,7 +54,7 @@ class MllmTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser with one group for each part and for decayed or undecayed parameters."""
         if self.optimizer is None:
-            source = self.model if model is None else model
+            source: Any = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, source)
             self.optimizer = cls(list(self._groups(source)), **kwargs)
         return self.optimizer
@@ -78,7 +79,7 @@ class MllmTrainer(Trainer):
         """
         self.row_ids = inputs.pop("row_ids", [])
         self.dropped_turns += inputs.pop("dropped_turns", 0)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             raise TrainingStoppedError(
@@ -120,4 +121,5 @@ class MllmTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's tensors into the model that is already built and tuned."""
-        restore(self.model if model is None else model, Path(resume_from_checkpoint))
+        target: Any = self.model if model is None else model
+        restore(target, Path(resume_from_checkpoint))

@@ -27,8 +27,9 @@ import mllm
 from mllm.config import TuneSection
 from mllm.errors import CheckpointError
 from mllm.model import MllmProcessor
-from mllm.model.checkpoint import MANIFEST, check_probe, manifest_hash, probe, save
+from mllm.model.checkpoint import MANIFEST, manifest_hash, save
 from mllm.model.lora import is_adapter, merge_lora
+from mllm.model.probe import check_probe, probe
 from mllm.training.build import build
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
