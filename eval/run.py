@@ -23,8 +23,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eval.records import Question, meta_path, read_meta, to_lines, write_atomic
+from eval.records import Question, meta_path, read_meta, to_lines
 from eval.tasks import pope
+from mllm.data.files import write_atomic
 from mllm.data.images import load_image
 from mllm.data.schema import Message, user
 from mllm.decoding import Decoder, describe, generate, parse_decode

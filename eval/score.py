@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from eval.records import Prediction, Question, read_meta, read_predictions, sha256_of
+from eval.records import Prediction, Question, read_meta, read_predictions
 from eval.tasks import pope
+from mllm.data.files import sha256_of
 from mllm.errors import ConfigError, DataError
 
 Match = Literal["auto", "id", "order"]

@@ -179,10 +179,9 @@ def data_generate(
 
       mllm data generate instruct.jsonl --captions captions.json --instances instances.json
     """
+    from data_gen.contexts import read_coco
     from data_gen.generate import generate
     from data_gen.teachers import KINDS, TEACHERS
-
-    from data_gen.contexts import read_coco
 
     if teacher not in TEACHERS:
         raise ConfigError(f"unknown teacher {teacher!r}; use {', '.join(TEACHERS)}")
@@ -310,9 +309,9 @@ def eval_score(
 
       mllm eval score greedy.jsonl pope_random.jsonl --json
     """
-    from eval.records import write_atomic
     from eval.score import score
     from eval.table import score_table
+    from mllm.data.files import write_atomic
 
     result = score(
         predictions,

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.records import Question, question_id, read_rows, sha256_of
+from eval.records import Question, question_id, read_rows
 from eval.tasks.pope_build import SPLITS, build, write
+from mllm.data.files import sha256_of
 from mllm.errors import ConfigError, DataError
 
 __all__ = [

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.records import sha256_of, to_lines, write_atomic
+from eval.records import to_lines
+from mllm.data.files import sha256_of, write_atomic
 from mllm.errors import ConfigError, DataError
 
 SPLITS = ("random", "popular", "adversarial")

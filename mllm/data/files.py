@@ -1,12 +1,15 @@
-"""Files that are whole or not there, and the one progress bar of the data tools."""
+"""Files that are whole or not there, their hashes, and the one progress bar of the data tools."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, TypeVar
+
+from mllm.errors import DataError
 
 T = TypeVar("T")
 
@@ -28,6 +31,24 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole text file at once."""
+    with atomic_writer(path) as file:
+        file.write(text)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    return digest.hexdigest()
 
 
 def track(items: Iterable[T], what: str, total: int, show: bool) -> Iterator[T]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from mllm.config import RunConfig
+from mllm.data.files import sha256_of
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
@@ -47,19 +47,10 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
 def run_record(config: RunConfig, rows: int) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that made it."""
-    files = [{"path": path, "sha256": sha256(Path(path))} for path in config.data.paths]
+    files = [{"path": path, "sha256": sha256_of(Path(path))} for path in config.data.paths]
     return {
         "stage": config.stage,
         "tune": config.tune.model_dump(),
         "data": {"files": files, "rows": rows},
         "recipe": config.model_dump(),
     }
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -451,7 +451,7 @@ def test_two_processes_are_one(world: Path, tmp_path: Path, name: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert launched.returncode == 0, launched.stderr[-3000:]
