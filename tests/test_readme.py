@@ -19,7 +19,8 @@ UNLISTED = re.compile(r"(^tests/|__init__\.py$|py\.typed$|^\.|quickstart/backbon
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
 
 
 def tree_paths() -> set[str]:
