@@ -2,6 +2,8 @@
 
 import sys
 
+import torch.distributed as dist
+
 from mllm.errors import MllmError
 from mllm.training.train import train
 
@@ -16,6 +18,9 @@ def main() -> None:
         train(arguments[0], arguments[1:])
     except MllmError as error:
         sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():  # or a ZeRO-3 run aborts while the interpreter ends
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

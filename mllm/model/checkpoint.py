@@ -110,6 +110,8 @@ def save(
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
         if adapter:
             _save_adapter(adapter, origin, folder / ADAPTER_DIR)
+        for file in folder.rglob("*.safetensors"):  # written readable by their owner alone
+            file.chmod((folder / "config.json").stat().st_mode)
         manifest = {
             "format": FORMAT,
             "base": {part: asdict(base) for part, base in needed_bases(model, weights).items()},

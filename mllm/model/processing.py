@@ -260,6 +260,10 @@ class MllmProcessor(ProcessorMixin):
 
     def pad(self, ids: Sequence[Sequence[int]], images: Sequence[Any]) -> BatchFeature:
         """Left-pad rows of ids and read their images."""
+        if not ids or not all(ids):
+            raise DataError(
+                "a prompt has no tokens" if ids else "a batch needs at least one conversation, found none"
+            )
         width = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
         batch = {

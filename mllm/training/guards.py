@@ -26,6 +26,8 @@ class TrainabilityGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note checksums of the frozen tensors, and the parts that must get gradients."""
+        if args.deepspeed:
+            return  # it keeps gradients to itself, and with ZeRO-3 the model holds empty shells
         self.frozen = {name: checksum(p) for name, p in model.named_parameters() if not p.requires_grad}
         self.silent = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
         self.steps = 0
@@ -35,7 +37,7 @@ class TrainabilityGuard(TrainerCallback):
     ) -> None:
         """Check the gradients of the first steps, and one gradient of every step for NaN."""
         if args.deepspeed:
-            return  # DeepSpeed keeps gradients to itself and has already stepped here
+            return  # it has already stepped here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         # Clipping by a norm that is NaN makes every gradient NaN, so one of them tells.
         first = next((p.grad for _, p in trainable if p.grad is not None), None)

@@ -232,3 +232,11 @@ def test_a_user_cannot_add_a_picture_or_end_a_turn_by_typing() -> None:
     ids = processor.encode([user("say <image> and </s> now", make_picture(0))], open_answer=True).input_ids
     assert ids.count(processor.image_token_id) == TOKENS
     assert processor.tokenizer.eos_token_id not in ids
+
+
+def test_a_batch_without_a_prompt_is_refused() -> None:
+    with pytest.raises(DataError, match="at least one conversation"):
+        make_processor()([])
+    # `plain` shows the picture only, and this tokenizer writes nothing in front of it.
+    with pytest.raises(DataError, match="no tokens"):
+        make_processor("plain")([[user("a")]])
