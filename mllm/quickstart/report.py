@@ -78,8 +78,8 @@ def _sentence(what: str, pair: dict[str, float]) -> str:
 
 def _against_greedy(pope: dict[str, Any]) -> str:
     best = max(pope, key=lambda column: pope[column]["accuracy"])
-    if best == "greedy":
-        return "Plain greedy decoding is the most accurate of the four."
+    if pope[best]["accuracy"] == pope["greedy"]["accuracy"]:
+        return "None of the four is more accurate than plain greedy decoding."
     return (
         f"The most accurate of the four is {TITLES[best]}; plain greedy has {pope['greedy']['accuracy']:.3f}."
     )
