@@ -32,7 +32,7 @@ from mllm.quickstart.world import COLOURS, EXCEPTIONS, GRID, THEMES, Scene
 
 SCENES = make_scenes(600, seed=3)
 HABITS = measure_habits(SCENES)
-NUMBER = {word: i for i, word in enumerate(wording.NUMBERS)}
+NUMBER = {"none": 0, **{word: i for i, word in enumerate(wording.NUMBERS)}}
 PLURAL = {plural(kind): kind for kind in KINDS}
 NOUN = rf"\b(?:(?P<size>small|large) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<kind>{'|'.join(KINDS)})\b"
 
