@@ -29,7 +29,7 @@ def check_report(out: Path, page: Path) -> dict:
         assert (numbers["accuracy_std"] is not None) == ("sample" in column)
     assert {"world", "align", "instruct", "pope", "ask", "report", "total"} == set(report["seconds"])
     html = page.read_text()
-    assert not re.findall(r"""(?:src|href)=["']?(?!data:)""", html), "the page loads something from elsewhere"
+    assert not re.findall(r"""(?:src|href)=(?!["']?data:)""", html), "the page loads something from elsewhere"
     for numbers in report["pope"].values():
         assert f"{numbers['accuracy']:.3f}" in html
     assert html.count("<img") == 4  # three scenes and the loss
