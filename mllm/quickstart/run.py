@@ -50,7 +50,7 @@ class Size:
     overrides: tuple[str, ...] = ()
 
 
-FULL = Size(train_scenes=8000, val_scenes=120, pope_images=50)
+FULL = Size(train_scenes=4000, val_scenes=120, pope_images=50)
 FAST = Size(train_scenes=64, val_scenes=40, pope_images=4, overrides=("train.max_steps=4",))
 
 
