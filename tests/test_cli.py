@@ -155,6 +155,7 @@ def test_an_empty_data_set_is_refused(run: Any, recipe: Any) -> None:
         ({"model": {"template": "vicuna"}}, "unknown template 'vicuna'"),
         ({"model": {"vision_encoder": "/nowhere"}}, "vision_encoder"),
         ({"tune": {"connector": "frozen"}}, "nothing is trained"),
+        ({"train": {"deepspeed": "no_such.json"}}, "samples are in ds_configs/"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(change: Any, wanted: str, run: Any, recipe: Any) -> None:

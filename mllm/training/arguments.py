@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from mllm.config import RunConfig
+from mllm.config import RunConfig, TrainSection
 from mllm.data.files import sha256_of
+from mllm.errors import ConfigError
+
+
+def check_deepspeed(options: TrainSection) -> None:
+    """Raise `ConfigError` before anything is loaded if a recipe asks for DeepSpeed and cannot have it."""
+    if options.deepspeed is None:
+        return
+    if not Path(options.deepspeed).is_file():
+        raise ConfigError(
+            f"train.deepspeed: there is no file {options.deepspeed!r}; samples are in ds_configs/"
+        )
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "train.deepspeed is set and deepspeed is not installed; run: pip install 'mllm[deepspeed]', "
+            "or train without it: train.deepspeed=null"
+        )
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:

@@ -15,7 +15,7 @@ from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
 from mllm.data.schema import Row
 from mllm.model.modeling import PARTS
-from mllm.training.arguments import run_record, training_arguments
+from mllm.training.arguments import check_deepspeed, run_record, training_arguments
 from mllm.training.build import build
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.resume import last_checkpoint
@@ -40,6 +40,7 @@ def train(
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
+    check_deepspeed(options)
     torch.manual_seed(options.seed)  # the connector's first weights
     rows: ConcatDataset[Row] = ConcatDataset(
         [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]  # type: ignore[misc]
