@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 
-from eval.tasks.pope import SPLITS
+from eval.records import read_rows
+from eval.tasks.pope import SPLITS, official_says_yes
 from mllm import __version__
 
 TITLES = {
@@ -21,14 +21,14 @@ TITLES = {
 }
 
 
-def compare_columns(pope: dict[str, Any], folder: Path) -> dict[str, Any]:
+def compare_columns(pope: dict[str, Any], folder: Path, seed: int) -> dict[str, Any]:
     """Does VCD help, against the baseline that is decoded alike?
 
     Greedy runs answer the same questions once each, so they are compared question by question, with the
     normal 95 % interval of a paired difference of shares. Sampled runs are compared by their means over
     the seeds, with the interval from their standard deviations.
     """
-    better, worse, n = _paired(folder, "greedy", "vcd_greedy")
+    better, worse, n = _paired(folder, seed, "greedy", "vcd_greedy")
     change = (better - worse) / n
     margin = 1.96 * math.sqrt(max(better + worse - (better - worse) ** 2 / n, 0)) / n
     plain, contrasted = pope["sample"], pope["vcd_sample"]
@@ -48,21 +48,18 @@ def compare_columns(pope: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**pairs, "sentences": sentences}
 
 
-def _paired(folder: Path, first: str, second: str) -> tuple[int, int, int]:
+def _paired(folder: Path, seed: int, first: str, second: str) -> tuple[int, int, int]:
     """(only the second right, only the first right, questions) over all splits."""
     better = worse = n = 0
     for split in SPLITS:
-        pairs = zip(_right(folder, first, split), _right(folder, second, split), strict=True)
+        pairs = zip(*(_right(folder / f"{c}.{split}.{seed}.jsonl") for c in (first, second)), strict=True)
         for one, other in pairs:
             better, worse, n = better + (other and not one), worse + (one and not other), n + 1
     return better, worse, n
 
 
-def _right(folder: Path, column: str, split: str) -> list[bool]:
-    from eval.tasks.pope import official_says_yes
-
-    file = next(iter(sorted(folder.glob(f"{column}.{split}.*.jsonl"))))
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+def _right(predictions: Path) -> list[bool]:
+    rows = (row for _, row in read_rows(predictions))
     return [official_says_yes(row["answer"], row["label"]) == (row["label"] == "yes") for row in rows]
 
 

@@ -110,7 +110,7 @@ def run(out: Path, *, fast: bool = False, seed: int = 0) -> Path:
         "fast": fast,
         "seed": seed,
         "pope": pope,
-        "comparison": compare_columns(pope, out / "pope"),
+        "comparison": compare_columns(pope, out / "pope", seed),
         "blank_image": blank,
         "scenes": scenes,
         "decode": {column: describe(parse_decode(decode)) for column, decode in COLUMNS.items()},
