@@ -61,6 +61,29 @@ def train(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes: one folder a published system, one file a stage.
+
+    [bold]Example[/]
+
+      mllm recipes
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm.config import shipped_recipes, summary_of
+
+    summaries = {name: summary_of(name) for name in shipped_recipes()}
+    if as_json:
+        typer.echo(json.dumps(summaries, indent=1))
+        return
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for name, summary in summaries.items():
+        table.add_row(name, summary)
+    Console(highlight=False).print(table)
+
+
+@app.command()
 def chat(
     model: ModelDir,
     image: Annotated[
@@ -121,17 +144,71 @@ def quickstart(
     typer.echo(run(out, fast=fast, seed=seed))
 
 
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="directory of published weights")],
+    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+    template: Annotated[str | None, typer.Option(help="chat template; default: the source's own")] = None,
+    language_model: Annotated[str | None, typer.Option(help="LLaVA's layout: the base model")] = None,
+    vision_encoder: Annotated[str | None, typer.Option(help="LLaVA's layout: the vision encoder")] = None,
+) -> None:
+    """Make a checkpoint of published weights: LLaVA, LLaVA-NeXT, BLIP-2, InstructBLIP.
+
+    Reads directories of transformers, and LLaVA's own (`mm_projector.bin`, with LoRA adapters or without).
+    The result is compared with the source; where they differ, nothing is written.
+
+    [bold]Examples[/]
+
+      mllm import llava-1.5-7b-hf runs/llava
+
+      mllm import llava-v1.5-7b-lora runs/lora --language-model vicuna-7b-v1.5 --vision-encoder clip-l-336
+    """
+    from mllm.model.convert import import_weights
+
+    typer.echo(import_weights(source, out, template, language_model, vision_encoder))
+    typer.echo(out)
+
+
+@app.command()
+def export(
+    checkpoint: ModelDir,
+    out: Annotated[Path, typer.Argument(help="directory to write")],
+) -> None:
+    """Write a checkpoint as transformers' own LLaVA, LLaVA-NeXT, BLIP-2 or InstructBLIP.
+
+    Adapters are merged. The result loads without mllm, so that vLLM and others serve it. It is compared with
+    the checkpoint; where they differ, nothing is written.
+
+    [bold]Example[/]
+
+      mllm export runs/instruct llava-mine
+    """
+    from mllm.model.convert import export_stock
+
+    typer.echo(export_stock(checkpoint, out))
+    typer.echo(out)
+
+
 # -- data -------------------------------------------------------------------------------------------
 
 
 @data_app.command("convert")
 def data_convert(
-    source: Annotated[Path, typer.Argument(help="LLaVA JSON, COCO captions, ShareGPT or messages")],
+    source: Annotated[Path, typer.Argument(help="LLaVA JSON, COCO captions or boxes, ShareGPT or messages")],
     output: Annotated[Path, typer.Argument(help="JSONL file to write")],
-    format: Annotated[str, typer.Option(help="llava, coco_captions, sharegpt, messages or auto")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="llava, coco_captions, coco_boxes, sharegpt, messages or auto")
+    ] = "auto",
     image_root: ImageRoot = None,
     check_images: Annotated[bool, typer.Option(help="every image file must exist")] = False,
     per: Annotated[str, typer.Option(help="COCO: one row per 'caption' or per 'image'")] = "caption",
+    box_style: Annotated[
+        str | None, typer.Option(help="coco_boxes: llava, minigpt_v2, cogvlm or visionllm")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="coco_boxes: what is asked about boxes")
+    ] = "detection,refer,identify",
+    seed: Annotated[int, typer.Option(help="coco_boxes: of the questions drawn")] = 0,
     on_error: Annotated[
         str, typer.Option(help="'error' stops at a bad row, 'skip' counts and leaves it")
     ] = "error",
@@ -145,8 +222,11 @@ def data_convert(
       mllm data convert captions_train2017.json align.jsonl --image-root train2017 --check-images
 
       mllm data convert llava_v1_5_mix665k.json mix.jsonl --on-error skip
+
+      mllm data convert instances_train2017.json boxes.jsonl --format coco_boxes --box-style minigpt_v2
     """
     from mllm.data.convert import convert
+    from mllm.data.grounding import BoxTasks
 
     result = convert(
         source,
@@ -155,6 +235,7 @@ def data_convert(
         image_root=image_root,
         check_images=check_images,
         per=per,
+        boxes=None if box_style is None else BoxTasks(box_style, tuple(tasks.split(",")), seed),
         on_error=on_error,
         max_bad=max_bad,
     )
@@ -190,6 +271,47 @@ def data_generate(
     _report(summary, as_json, output)
 
 
+@data_app.command("capfilt")
+def data_capfilt(
+    rows: Annotated[Path, typer.Argument(help="noisy image-caption pairs: any format of `convert`")],
+    output: Annotated[Path, typer.Argument(help="JSONL file to write")],
+    captioner: Annotated[Path, typer.Option(help="checkpoint that captions each image")],
+    filter: Annotated[Path, typer.Option(help="checkpoint of pretrain_qformer; its ITM head scores")],
+    image_root: ImageRoot = None,
+    human: Annotated[Path | None, typer.Option(help="rows to keep as they are")] = None,
+    threshold: Annotated[float, typer.Option(help="least score of a caption that is kept")] = 0.5,
+    prompt: Annotated[str, typer.Option(help="said to the captioner with each image")] = "",
+    batch_size: Annotated[int, typer.Option(help="images at a time")] = 16,
+    seed: Annotated[int, typer.Option(help="of the captioner's sampling")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep the captions, found and made, that fit their images (BLIP's CapFilt); continues where it stopped.
+
+    [bold]Example[/]
+
+      mllm data capfilt web.jsonl clean.jsonl --captioner runs/align --filter runs/qformer --image-root images
+    """
+    from mllm.data import capfilt as step
+    from mllm.data.rows import open_rows
+    from mllm.model.checkpoint import manifest_hash
+
+    speaker, judge = _load(captioner, device), _load(filter, device)
+    made_by = {"captioner": manifest_hash(captioner), "filter": manifest_hash(filter), "prompt": prompt}
+    summary = step.capfilt(
+        open_rows(rows, "auto", image_root),
+        output,
+        step.captioner(*speaker, prompt=prompt),
+        step.matcher(*judge),
+        made_by=made_by,
+        human=open_rows(human) if human else None,
+        threshold=threshold,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _report(summary, as_json, output)
+
+
 @data_app.command("inspect")
 def data_inspect(
     recipe: RecipeName,
@@ -213,12 +335,14 @@ def data_inspect(
 
     config = load_recipe(recipe, overrides or [])
     section = config.data
+    if config.on_pairs:
+        raise ConfigError(f"{recipe}: the stage {config.stage} has pairs and no conversations to show")
     processor = build_processor(config.model)
     console = Console(highlight=False)
     if not as_json:
         console.print(legend())
-    for path in section.paths:
-        data = open_rows(path, section.format, section.image_root)
+    for source in section.sources:
+        data = open_rows(source.path, source.format or "auto", source.image_root)
         for row in data[start : start + rows]:
             if as_json:
                 typer.echo(json.dumps(spans_as_json(processor, row, section.max_length)))

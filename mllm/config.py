@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mllm.errors import ConfigError
 
-Tuning = Literal["frozen", "full", "lora"]
+Tuning = Literal["frozen", "full", "lora", "qlora", "dora", "rslora", "prefix", "prompt", "ia3", "adapter"]
+Part = Literal["vision_encoder", "connector", "fusion", "language_model", "text_encoder", "heads"]
+# A directory or Hub name of published weights, or `{model_type: ..., setting: value}` for fresh ones.
+Source = str | dict[str, Any]
+Layer = int | Literal["last", "pooled", "projected"]
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -26,27 +31,50 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), frozen=True)
 
 
+class PretrainingSection(Section):
+    """Settings of the stages `pretrain_vision` and `pretrain_qformer`."""
+
+    objective: Literal["clip", "siglip"] = Field("clip", description="of pretrain_vision")
+    embed_dim: int = Field(256, ge=1, description="width in which images and texts are compared")
+    max_text_length: int = Field(32, ge=4, description="tokens a caption")
+
+
+# What a stage may say of a model that an earlier stage has made.
+AFTER_INIT = {
+    *("init_from", "template", "image_processor", "image_aspect_ratio", "tiling", "dtype"),
+    "attn_implementation",
+}
+
+
 class ModelSection(Section):
     """What the model is made of, or which checkpoint it starts from."""
 
     init_from: str | None = Field(None, description="checkpoint of an earlier stage; the parts come from it")
-    vision_encoder: str | None = Field(None, description="directory or Hub name")
-    language_model: str | None = Field(None, description="directory or Hub name")
+    vision_encoder: Source | list[Source] | None = Field(None, description="place, settings, or several")
+    language_model: Source | None = Field(None, description="place, or settings for fresh weights")
     tokenizer: str | None = Field(None, description="default: with the language model")
-    image_processor: str | None = Field(None, description="default: with the vision encoder")
+    image_processor: str | list[str] | None = Field(None, description="default: with the vision encoder")
+    instruction_tokenizer: str | None = Field(None, description="of a connector that reads the instruction")
     connector: dict[str, Any] = Field({"type": "mlp"}, description="type and its arguments")
-    vision_feature_layer: int | Literal["last"] = Field(-2, description="hidden state, or `last`")
+    fusion: dict[str, Any] | None = Field(None, description="deep fusion: type and its arguments")
+    tiling: dict[str, Any] | None = Field(None, description="images as several views: type and its arguments")
+    vision_feature_layer: Layer | list[Layer] = Field(
+        -2, description="hidden state, `last`, `pooled` or `projected`; of several encoders also one each"
+    )
     vision_feature_select: Literal["patch", "full"] = Field("patch", description="drop or keep class tokens")
+    added_tokens: list[str] = Field(default_factory=list, description="new words, such as <c{0..511}>")
     template: str | None = Field(None, description="chat template of this stage")
     image_aspect_ratio: Literal["square", "pad"] | None = Field(None, description="pad pictures to a square?")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of frozen weights")
+    attention: Literal["causal", "prefix"] = Field(
+        "causal", description="prefix: prompts see themselves whole"
+    )
     attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2, ...")
-
-    @model_validator(mode="after")
-    def _complete(self) -> ModelSection:
-        if self.init_from is None and (self.vision_encoder is None or self.language_model is None):
-            raise ValueError("give model.init_from, or both model.vision_encoder and model.language_model")
-        return self
+    connector_from: str | None = Field(
+        None, description="checkpoint whose connector the new one starts from, all but its last projection"
+    )
+    text_encoder: Source | None = Field(None, description="of pretraining; for a Q-Former, the BERT it is")
+    pretraining: PretrainingSection = PretrainingSection()
 
 
 class LoraSection(Section):
@@ -55,6 +83,28 @@ class LoraSection(Section):
     r: int = Field(128, ge=1, description="rank")
     alpha: int = Field(256, ge=1, description="scale is alpha / r")
     dropout: float = Field(0.05, ge=0, lt=1, description="on the input of A")
+    target_modules: list[str] | None = Field(None, description="names of layers; null: all but the head")
+
+
+class PrefixSection(Section):
+    """Prefix tuning: learned keys and values in front of every layer's."""
+
+    length: int = Field(20, ge=1, description="learned tokens")
+    hidden: int | None = Field(None, ge=1, description="width of a layer that computes them; null: none")
+
+
+class PromptSection(Section):
+    """Prompt tuning: learned embeddings in front of the sequence; the length is Lester et al.'s."""
+
+    length: int = Field(100, ge=1, description="learned tokens")
+    init: Literal["vocab", "random"] = Field("vocab", description="embeddings of random tokens, or noise")
+
+
+class AdapterSection(Section):
+    """Bottleneck adapters; the size is Houlsby et al.'s."""
+
+    size: int = Field(64, ge=1, description="width of the bottleneck")
+    placement: Literal["houlsby", "pfeiffer"] = Field("houlsby", description="in both blocks, or in the last")
 
 
 class TuneSection(Section):
@@ -62,22 +112,68 @@ class TuneSection(Section):
 
     vision_encoder: Tuning = "frozen"
     connector: Tuning = "full"
+    fusion: Literal["frozen", "full"] = "full"
     language_model: Tuning = "frozen"
-    lora: LoraSection = LoraSection()
+    text_encoder: Literal["frozen", "full"] = "full"
+    heads: Literal["frozen", "full"] = "full"
+    overrides: dict[str, Literal["frozen", "full"]] = Field(
+        default_factory=dict, description="modules or parameters tuned otherwise than their part"
+    )
+    lora: LoraSection = Field(LoraSection(), description="also of qlora, dora and rslora")
+    prefix: PrefixSection = PrefixSection()
+    prompt: PromptSection = PromptSection()
+    adapter: AdapterSection = AdapterSection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> TuneSection:
+        for part in ("vision_encoder", "connector"):
+            tuning = getattr(self, part)
+            if tuning == "qlora":
+                raise ValueError(
+                    f"{part} cannot be 'qlora': only the language model is loaded in 4 bit; use 'lora'"
+                )
+            if tuning in ("prefix", "prompt"):
+                raise ValueError(
+                    f"{part} cannot be {tuning!r}: there is no sequence of text for learned tokens to stand "
+                    "in front of; use 'lora', 'ia3' or 'adapter'"
+                )
+        return self
+
+
+class SourceSection(Section):
+    """One data set of several."""
+
+    path: str = Field(description="a JSON or JSONL file")
+    format: str | None = Field(None, description="default: data.format")
+    image_root: str | None = Field(None, description="default: data.image_root")
+    weight: float = Field(1.0, gt=0, description="factor on its share, see data.mixing")
 
 
 class DataSection(Section):
-    """One data set, or several that are joined."""
+    """One data set, or several that are joined or mixed."""
 
-    path: str | list[str] = Field(description="JSON or JSONL file(s)")
+    path: str | list[str | SourceSection] = Field(description="JSON or JSONL file(s)")
     format: str = Field("auto", description="llava, coco_captions, messages or auto")
     image_root: str | None = Field(None, description="folder that relative image paths start from")
+    mixing: Literal["concat", "sqrt", "weights"] = Field(
+        "concat", description="every row once; by the root of the sizes (InstructBLIP); by the weights alone"
+    )
     max_length: int | None = Field(2048, ge=8, description="tokens a row, after image expansion")
 
     @property
-    def paths(self) -> list[str]:
-        """The files as a list."""
-        return [self.path] if isinstance(self.path, str) else self.path
+    def sources(self) -> list[SourceSection]:
+        """The data sets, each with its format and image folder."""
+        listed = self.path if isinstance(self.path, list) else [self.path]
+        given = [SourceSection(path=source) if isinstance(source, str) else source for source in listed]
+        return [
+            SourceSection(
+                path=source.path,
+                format=source.format or self.format,
+                image_root=source.image_root or self.image_root,
+                weight=source.weight,
+            )
+            for source in given
+        ]
 
 
 class TrainSection(Section):
@@ -85,16 +181,20 @@ class TrainSection(Section):
 
     output_dir: str
     learning_rate: float = Field(1e-3, gt=0, description="of every part without a rate of its own")
-    learning_rates: dict[Literal["vision_encoder", "connector", "language_model"], float] = Field(
-        default_factory=dict, description="rate per part"
-    )
+    learning_rates: dict[Part, float] = Field(default_factory=dict, description="rate per part")
     per_device_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int = Field(-1, description="overrides the epochs when positive")
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="of the schedule, such as min_lr of cosine_with_min_lr"
+    )
     warmup_ratio: float = Field(0.03, ge=0, le=1)
+    warmup_steps: int | None = Field(None, ge=0, description="overrides the ratio")
     weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, ge=0)
     bf16: bool = False
     fp16: bool = False
@@ -112,11 +212,36 @@ class TrainSection(Section):
 class RunConfig(Section):
     """One stage of training."""
 
-    stage: Literal["align", "instruct"]
+    stage: Literal["pretrain_vision", "pretrain_qformer", "align", "instruct"]
     model: ModelSection
     tune: TuneSection = TuneSection()
     data: DataSection
     train: TrainSection
+
+    @property
+    def on_pairs(self) -> bool:
+        """Whether the stage learns from image-caption pairs, before there is a language model."""
+        return self.stage in ("pretrain_vision", "pretrain_qformer")
+
+    @model_validator(mode="after")
+    def _complete(self) -> RunConfig:
+        model = self.model
+        other = {"pretrain_vision": "text_encoder", "pretrain_qformer": "tokenizer"}
+        needed = other.get(self.stage, "language_model")
+        if model.init_from is None and (model.vision_encoder is None or getattr(model, needed) is None):
+            raise ValueError(f"give model.init_from, or both model.vision_encoder and model.{needed}")
+        if model.connector_from and self.on_pairs:
+            raise ValueError("model.connector_from is for a new connector in the stages align and instruct")
+        if model.init_from and (given := sorted(model.model_fields_set - AFTER_INIT)):
+            raise ValueError(
+                f"model.{given[0]} is decided by the checkpoint of model.init_from; remove one of the two"
+            )
+        if self.stage == "pretrain_vision" and self.tune.vision_encoder not in ("frozen", "full"):
+            raise ValueError(
+                f"tune.vision_encoder is {self.tune.vision_encoder!r}; pretrain_vision hands on whole "
+                "weights, use 'full'"
+            )
+        return self
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -157,6 +282,13 @@ def find_recipe(recipe: str | Path) -> Path:
 def shipped_recipes() -> list[str]:
     """Names of the recipes in the package."""
     return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.glob("*/*.yaml"))
+
+
+def summary_of(name: str) -> str:
+    """The first sentence of the comment that a shipped recipe begins with."""
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return comment.split(": ")[0].split(". ")[0].rstrip(".")
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

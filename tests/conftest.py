@@ -16,11 +16,15 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
+    BitConfig,
+    Blip2VisionConfig,
     CLIPVisionConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    InstructBlipVisionConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -28,12 +32,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    ResNetConfig,
+    Siglip2VisionConfig,
     SiglipVisionConfig,
+    T5Config,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from mllm.data.schema import assistant, user
 from mllm.model import MllmForConditionalGeneration, MllmProcessor
+from mllm.model.language_model import build_language_model
+from mllm.model.vision_encoder import build_vision_encoder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -46,6 +55,19 @@ VISION_CONFIGS: dict[str, Any] = {
     "clip": lambda: CLIPVisionConfig(**_VISION),
     "siglip": lambda: SiglipVisionConfig(**_VISION),
     "dinov2": lambda: Dinov2Config(**{k: v for k, v in _VISION.items() if k != "intermediate_size"}),
+}
+# Their own initial weights are almost zero, so that all pictures would look alike.
+_BLIP2 = {**_VISION, "initializer_range": 0.1}
+# Not in the matrix of every part with every other; `tests/model/test_vision_encoders.py` runs them.
+MORE_VISION_CONFIGS: dict[str, Any] = {
+    "blip2": lambda: Blip2VisionConfig(**_BLIP2),
+    "instructblip": lambda: InstructBlipVisionConfig(**_BLIP2),
+    "siglip2": lambda: Siglip2VisionConfig(**_WIDTH, num_patches=(IMAGE_SIZE // 8) ** 2, patch_size=8),
+    "dinov2_registers": lambda: Dinov2WithRegistersConfig(
+        **{k: v for k, v in _VISION.items() if k != "intermediate_size"}, num_register_tokens=4
+    ),
+    "bit": lambda: BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4),
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1]),
 }
 TEXT_CONFIGS: dict[str, Callable[[int], Any]] = {
     "llama": lambda v: LlamaConfig(
@@ -67,7 +89,48 @@ TEXT_CONFIGS: dict[str, Callable[[int], Any]] = {
         num_attention_heads=4,
         max_position_embeddings=1024,
     ),
+    # As Flan-T5. Its start token is the padding, as in all of its family.
+    "t5": lambda v: T5Config(
+        vocab_size=v,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        pad_token_id=2,
+        decoder_start_token_id=2,
+    ),
     "gpt2": lambda v: GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=1024),
+}
+# Not in the matrix; recipes name them.
+MORE_TEXT_CONFIGS: dict[str, Callable[[int], Any]] = {
+    "gptj": lambda v: GPTJConfig(
+        vocab_size=v,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=1024,
+        rotary_dim=4,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "gpt_neox": lambda v: GPTNeoXConfig(vocab_size=v, max_position_embeddings=1024, **_WIDTH),
+}
+_TINY_QFORMER = {"num_queries": 5, "width": 32, "layers": 3, "heads": 4, "intermediate": 64}
+TINY_CONNECTORS: dict[str, dict[str, Any]] = {
+    "qformer": _TINY_QFORMER,
+    "instruct_qformer": {**_TINY_QFORMER, "vocab_size": 400, "max_positions": 140},
+    "resampler": {"num_latents": 5, "depth": 2, "heads": 4, "head_dim": 8},
+    "mapping_network": {"prefix_length": 4},
+    "glu": {"intermediate": 48},
+}
+# What else a model with such a connector must be told.
+CONNECTOR_NEEDS: dict[str, Callable[[], dict[str, Any]]] = {
+    "instruct_qformer": lambda: {"instruction_tokenizer": make_tokenizer()},
+    "mapping_network": lambda: {"vision_feature_layer": "pooled"},
 }
 
 
@@ -106,18 +169,25 @@ def make_tokenizer(words: str = "hello world the quick brown fox USER ASSISTANT"
 
 def make_vision(name: str = "clip") -> PreTrainedModel:
     """A tiny vision encoder with random weights."""
-    return AutoModel.from_config(VISION_CONFIGS[name]()).eval()
+    return build_vision_encoder({**VISION_CONFIGS, **MORE_VISION_CONFIGS}[name]()).eval()
+
+
+def scale_weights(module: torch.nn.Module, scale: float) -> None:
+    """Multiply every matrix."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
 
 
 def make_language_model(
     name: str = "llama", vocab_size: int | None = None, scale: float = 4.0
 ) -> PreTrainedModel:
     """A tiny language model; weights are scaled up, or all its answers would be near ties."""
-    model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[name](vocab_size or len(make_tokenizer()))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(scale)
+    model = build_language_model(
+        {**TEXT_CONFIGS, **MORE_TEXT_CONFIGS}[name](vocab_size or len(make_tokenizer()))
+    ).eval()
+    scale_weights(model, scale)
     return model
 
 
@@ -132,14 +202,17 @@ def make_model(
 ) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
     """A tiny composed model and its processor."""
     torch.manual_seed(0)
-    return MllmForConditionalGeneration.from_components(
+    model, processor = MllmForConditionalGeneration.from_components(
         vision_encoder=make_vision(vision),
         language_model=make_language_model(text),
-        connector={"type": connector},
+        connector={"type": connector, **TINY_CONNECTORS.get(connector, {})},
         tokenizer=make_tokenizer(),
         image_processor=make_image_processor(),
-        **kwargs,
+        **{**CONNECTOR_NEEDS.get(connector, dict)(), **kwargs},
     )
+    if "qformer" in connector:  # BERT's first weights are so small that all pictures would look alike
+        scale_weights(model.connector, 6.0)
+    return model, processor
 
 
 def save_parts(folder: Path, vision: str = "clip", text: str = "llama") -> dict[str, str]:

@@ -232,7 +232,20 @@ OWN_TEMPLATES = {
         "{% if message['role'] == 'assistant' %}END{% else %}{{ ' ' }}{% endif %}{% endfor %}"
     ),
 }
-NAMED_TEMPLATES = ("plain", "vicuna_v1", "llava_llama_2", "mistral_instruct", "chatml")
+NAMED_TEMPLATES = (
+    "plain",
+    "caption",
+    "bare",
+    "question_answer",
+    "vicuna_v0",
+    "minigpt4",
+    "minigpt_v2",
+    "cogvlm",
+    "vicuna_v1",
+    "llava_llama_2",
+    "mistral_instruct",
+    "chatml",
+)
 ALL_TEMPLATES = (*NAMED_TEMPLATES, *OWN_TEMPLATES)
 
 

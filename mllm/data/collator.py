@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mllm.data.schema import Row
-from mllm.data.tokens import IGNORE
+from mllm.data.tokens import IGNORE, pad_rows
 from mllm.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,32 +36,27 @@ class Collator:
         """A batch of B rows.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` [B, S]; `pixel_values` [I, C, H, W] where there is an
-            image; and, for reports, `row_ids` (B names) and `dropped_turns` (an int).
+            `input_ids`, `attention_mask`, `labels` [B, S]; where there is an image,
+            `pixel_values` [I, C, H, W] and what else the model takes of images; and, for reports, `row_ids`
+            (B names) and `dropped_turns` (an int). For an encoder-decoder language model the first two are
+            prompts, `labels` [B, T] are answers, and B counts the answers.
 
         Raises:
             DataError: names the row.
         """
-        encoded = [self.encode(row) for row in rows]
-        width = max(len(row.input_ids) for row in encoded)
-
-        def padded(values: Sequence[int], filler: int) -> list[int]:
-            return [*values, *[filler] * (width - len(values))]
-
+        examples = [(row, example) for row in rows for example in self.examples(row)]
+        encoded = [example for _, example in examples]
         pad = self.processor.tokenizer.pad_token_id
         batch: dict[str, Any] = {
-            "input_ids": torch.tensor([padded(row.input_ids, pad) for row in encoded]),
-            "attention_mask": torch.tensor([padded([1] * len(row.input_ids), 0) for row in encoded]),
-            "labels": torch.tensor([padded(row.labels, IGNORE) for row in encoded]),
+            "input_ids": pad_rows([row.input_ids for row in encoded], pad),
+            "attention_mask": pad_rows([[1] * len(row.input_ids) for row in encoded], 0),
+            "labels": pad_rows([row.labels for row in encoded], IGNORE),
         }
-        pixels = [
-            self._pixels(row, images.images)
-            for row, images in zip(rows, encoded, strict=True)
-            if images.images
-        ]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-        batch["row_ids"] = [name_of(row) for row in rows]
+        inputs = [self._images(row, example.images) for row, example in examples if example.images]
+        for name in inputs[0] if inputs else ():
+            batch[name] = torch.cat([of_row[name] for of_row in inputs])
+        batch |= self.processor.instruction_inputs([text for row in encoded for text in row.instructions])
+        batch["row_ids"] = [name_of(row) for row, _ in examples]
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)
         return batch
 
@@ -72,17 +67,27 @@ class Collator:
         except DataError as error:
             raise DataError(f"{name_of(row)}: {error}") from error
         placeholders = encoded.input_ids.count(self.processor.image_token_id)
-        wanted = len(encoded.images) * self.processor.num_image_tokens
+        wanted = sum(encoded.image_tokens)
         if placeholders != wanted:
             raise DataError(f"{name_of(row)}: {placeholders} image placeholders where {wanted} must stand")
-        # The first label is never predicted: there is nothing before it.
-        if all(label == IGNORE for label in encoded.labels[1:]):
+        # The first label is never predicted: there is nothing before it, except for a decoder.
+        predicted = encoded.labels if self.processor.encoder_decoder else encoded.labels[1:]
+        if all(label == IGNORE for label in predicted):
             raise DataError(f"{name_of(row)}: nothing to learn, no token is supervised; remove the row")
         return encoded
 
-    def _pixels(self, row: Row, images: Sequence[Any]) -> torch.Tensor:
+    def examples(self, row: Row) -> list[Encoded]:
+        """The row as it is; for an encoder-decoder, each answer with all that came before it."""
+        whole = self.encode(row)
+        if not self.processor.encoder_decoder:
+            return [whole]
+        kept = row["messages"][: len(row["messages"]) - whole.dropped_turns]
+        ends = [i for i, message in enumerate(kept, 1) if message["role"] == "assistant"]
+        return [*(self.processor.encode(kept[:end]) for end in ends[:-1]), whole]
+
+    def _images(self, row: Row, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         try:
-            return self.processor.pixels(images)
+            return self.processor.image_inputs(images)
         except DataError as error:
             raise DataError(f"{name_of(row)}: {error}") from error
 

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from mllm.data.files import atomic_writer, track
+from mllm.data.grounding import BoxTasks
 from mllm.data.rows import open_rows
 from mllm.errors import ConfigError, DataError
 
@@ -23,6 +24,7 @@ class Conversion:
     bad: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def convert(
@@ -33,6 +35,7 @@ def convert(
     image_root: str | PathLike[str] | None = None,
     check_images: bool = False,
     per: str = "caption",
+    boxes: BoxTasks | None = None,
     on_error: str = "error",
     max_bad: float = 0.01,
     progress: bool = True,
@@ -49,6 +52,7 @@ def convert(
         image_root: the folder that image paths are relative to.
         check_images: a row whose image file is missing is a bad row.
         per: as for `open_rows`.
+        boxes: as for `open_rows`.
         on_error: `error` stops at the first bad row; `skip` leaves bad rows out and counts them.
         max_bad: with `skip`, the largest share of bad rows that is still accepted.
         progress: show a progress bar on the error stream.
@@ -61,8 +65,8 @@ def convert(
         raise ConfigError(f"on_error is {on_error!r}; use 'error' or 'skip'")
     if output.exists() and output.samefile(source):
         raise DataError(f"{output} is the file that is read; write to another")
-    rows = open_rows(source, format, image_root, check_images=check_images, per=per)
-    done = Conversion(output)
+    rows = open_rows(source, format, image_root, check_images=check_images, per=per, boxes=boxes)
+    done = Conversion(output, left_out=rows.left_out)
     with atomic_writer(output) as file:
         for i in track(range(len(rows)), f"convert {source.name}", len(rows), progress):
             try:

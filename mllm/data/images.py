@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -55,6 +57,8 @@ _DECODE_ERRORS = (
     zlib.error,
 )
 
+_T = TypeVar("_T")
+
 
 def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Image.Image:
     """Open one image as upright 8-bit RGB.
@@ -67,9 +71,23 @@ def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Ima
         DataError: the file is missing, a directory, empty, truncated, too large or of no known
             format.
     """
+    return _read(image, where, _decode)
+
+
+def image_size(image: str | PathLike[str] | Image.Image, where: str = "") -> tuple[int, int]:
+    """(height, width) of what `load_image` gives; arguments and errors as there.
+
+    A JPEG's is read from its header. Pillow turns a TIFF upright itself, and looks for a PNG's
+    orientation behind its pixels: these and all others are decoded, so that the size is always right.
+    """
+    return _read(image, where, _upright_size)
+
+
+def _read(image: str | PathLike[str] | Image.Image, where: str, get: Callable[[Image.Image, str], _T]) -> _T:
+    """`get` of the checked, opened image and the name that errors call it by."""
     where = f"{where}: " if where else ""
     if isinstance(image, Image.Image):
-        return _decode(image, f"{where}the image in memory")
+        return get(image, f"{where}the image in memory")
     if not isinstance(image, (str, PathLike)):
         raise DataError(f"{where}an image must be a path or a PIL image, found {type(image).__name__}")
     name = f"{where}image {str(image)!r}"
@@ -91,7 +109,7 @@ def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Ima
     except _DECODE_ERRORS as error:
         raise _damaged(name, error) from None
     with opened:
-        return _decode(opened, name)
+        return get(opened, name)
 
 
 def _check_file(path: Path, name: str) -> None:
@@ -110,12 +128,25 @@ def _check_file(path: Path, name: str) -> None:
         raise DataError(f"{name} cannot be read ({_one_line(error)}); fix the path") from None
 
 
-def _decode(image: Image.Image, name: str) -> Image.Image:
+def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise DataError(f"{name} has no pixels ({width} x {height}); replace it")
     if width * height > MAX_PIXELS:
         raise DataError(f"{name} has {width} x {height} pixels: it {_too_large()}")
+
+
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    if image.format not in ("JPEG", "MPO"):
+        width, height = _decode(image, name).size
+        return height, width
+    _check_size(image, name)
+    width, height = image.size
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    _check_size(image, name)
     try:
         image.load()
         return _transpose(_to_rgb(image, name), _orientation(image))

@@ -28,17 +28,31 @@ def token_spans(
         row: the row.
         max_length: as in training, so that removed rounds are not shown.
     """
-    encoded = Collator(processor, max_length).encode(row)
-    texts = token_texts(processor.tokenizer, encoded.input_ids)
-    left_of_image = 0
-    for token, label, text in zip(encoded.input_ids, encoded.labels, texts, strict=True):
+    ids, labels, counts = _tokens(processor, row, max_length)
+    image_tokens, left_of_image = iter(counts), 0
+    for token, label, text in zip(ids, labels, token_texts(processor.tokenizer, ids), strict=True):
         if token == processor.image_token_id:
             if left_of_image == 0:
-                left_of_image = processor.num_image_tokens
-                yield "image", f"<image x {processor.num_image_tokens}>"
+                left_of_image = next(image_tokens)
+                yield "image", f"<image x {left_of_image}>"
             left_of_image -= 1
         else:
             yield ("masked" if label == IGNORE else "trained"), text
+
+
+def _tokens(
+    processor: MllmProcessor, row: Row, max_length: int | None
+) -> tuple[list[int], list[int], list[int]]:
+    """Ids, labels and tokens an image; for an encoder-decoder, each answer behind its prompt."""
+    ids, labels, counts = [], [], []
+    for example in Collator(processor, max_length).examples(row):
+        ids += example.input_ids
+        if processor.encoder_decoder:
+            labels += [IGNORE] * len(example.input_ids)
+            ids += example.labels
+        labels += example.labels
+        counts += example.image_tokens
+    return ids, labels, counts
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
@@ -68,10 +82,11 @@ def row_panel(processor: MllmProcessor, row: Row, max_length: int | None = None)
     text = Text()
     counts: dict[str, int] = dict.fromkeys(STYLES, 0)
     for i, (kind, piece) in enumerate(token_spans(processor, row, max_length)):
-        counts[kind] += processor.num_image_tokens if kind == "image" else 1
+        counts[kind] += kind != "image"
         # A newline is shown and kept, or two lines of a template would look like one.
         shown = piece.replace("\n", "\u21b5\n") or "\u00b7"
         text.append(shown, style=STYLES[kind] + (" underline" if i % 2 else ""))
+    counts["image"] = sum(_tokens(processor, row, max_length)[2])
     total = sum(counts.values())
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     return Panel(text, title=name_of(row), subtitle=f"{total} tokens: {summary}", title_align="left")

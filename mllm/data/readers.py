@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import dropwhile
 from typing import Any
 
+from mllm.data.grounding import read_boxes
 from mllm.data.schema import Message, Part, Role, Row, assistant, check_row, image_part, text_part
 from mllm.errors import DataError
 
@@ -94,6 +95,7 @@ READERS: dict[str, Reader] = {
     "llava": read_llava,
     "sharegpt": read_sharegpt,
     "coco_captions": read_caption,
+    "coco_boxes": read_boxes,
 }
 
 

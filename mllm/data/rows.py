@@ -4,7 +4,7 @@ Only byte offsets are held in memory (16 bytes a row), so a 3 GB file costs a fe
 that goes to a dataloader worker is as small. No file stays open: each access opens, reads one row and
 closes, which is safe under any way of starting workers.
 
-JSON Lines and JSON lists are lazy. COCO captions are one JSON object that must be read whole; turn a
+JSON Lines and JSON lists are lazy. A COCO file is one JSON object that must be read whole; turn a
 large one into JSON Lines once, with `mllm data convert`.
 """
 
@@ -15,10 +15,11 @@ from os import PathLike
 from pathlib import Path
 from typing import overload
 
+from mllm.data.grounding import BoxTasks
 from mllm.data.readers import READERS, Reader
 from mllm.data.schema import Message, Part, Row, image_part
 from mllm.data.sources import Source, open_source
-from mllm.errors import DataError
+from mllm.errors import ConfigError, DataError
 
 
 class Rows(Sequence[Row]):
@@ -60,6 +61,11 @@ class Rows(Sequence[Row]):
         ]
         return {"id": row["id"], "messages": messages}
 
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How much of the file is in no row, and why."""
+        return dict(self._source.left_out)
+
     def where(self, index: int) -> str:
         """Where a row stands in its file, as errors name it."""
         return self._source.where(index)
@@ -85,15 +91,17 @@ def open_rows(
     *,
     check_images: bool = False,
     per: str = "caption",
+    boxes: BoxTasks | None = None,
 ) -> Rows:
     """Open a data file as a lazy sequence of rows.
 
     Args:
-        path: JSON Lines, a JSON list, or a COCO captions file.
+        path: JSON Lines, a JSON list, or a COCO captions or instances file.
         format: a key of `READERS`, or `auto`: told from the first row's fields.
         image_root: the folder that image paths are relative to; absolute paths stay as they are.
         check_images: raise on access for a row whose image file is not there.
         per: of COCO captions, one row per `caption`, or per `image` (its first caption).
+        boxes: of COCO instances, how boxes are written and what is asked about them.
 
     Raises:
         DataError: the file is missing, empty or of no known format; later, on access, a bad row.
@@ -101,7 +109,12 @@ def open_rows(
     path = Path(path)
     if format != "auto" and format not in READERS:
         raise DataError(f"unknown data format {format!r}; use one of auto, {', '.join(READERS)}")
-    source = open_source(path, format, per)
+    if (format == "coco_boxes") != (boxes is not None):
+        raise ConfigError(
+            "a box style and the format 'coco_boxes' go together; give both to `mllm data convert`, and read "
+            "the file that it writes"
+        )
+    source = open_source(path, format, per, boxes)
     if len(source) == 0:
         raise DataError(f"{path}: there are no rows in the file; a data set needs at least one")
     if format == "auto":

@@ -1,4 +1,4 @@
-"""Where raw rows come from: byte spans in a JSON Lines file or a JSON list, or COCO captions.
+"""Where raw rows come from: byte spans in a JSON Lines file or a JSON list, or a COCO file.
 
 Part of `rows.py`: this file finds rows and parses them; it does not know what they mean.
 """
@@ -10,11 +10,13 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm.data.grounding import BoxTasks, box_records
 from mllm.errors import DataError
 
 Spans = NDArray[np.int64]  # [rows, 2]: first byte and the byte after the last
@@ -32,10 +34,12 @@ _STRUCTURE[ord(",")] = True
 
 
 class RecordSource:
-    """Raw rows of a list in memory."""
+    """Raw rows of a list in memory; `noun` is what one is, `left_out` what the file has beside them."""
 
-    def __init__(self, path: Path, records: Sequence[Mapping[str, Any]], format: str) -> None:
-        self.path, self.records = path, records
+    def __init__(
+        self, path: Path, records: Sequence[Any], format: str, noun: str, left_out: Mapping[str, int]
+    ) -> None:
+        self.path, self.records, self.noun, self.left_out = path, records, noun, left_out
         self.format: str | None = format
 
     def __len__(self) -> int:
@@ -43,7 +47,7 @@ class RecordSource:
 
     def where(self, index: int) -> str:
         """Where the row stands, for messages."""
-        return f"{self.path}: caption {index}"
+        return f"{self.path}: {self.noun} {index}"
 
     def raw(self, index: int) -> Any:
         """The parsed row."""
@@ -54,6 +58,7 @@ class FileSource:
     """Raw rows that are read from their bytes in a file, which must not change meanwhile."""
 
     format: str | None = None
+    left_out: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: Path, spans: Spans, lines: NDArray[np.int64] | None) -> None:
         self.path, self.spans, self.lines = path, spans, lines
@@ -82,7 +87,7 @@ class FileSource:
 Source = RecordSource | FileSource
 
 
-def open_source(path: Path, format: str, per: str) -> Source:
+def open_source(path: Path, format: str, per: str, boxes: BoxTasks | None = None) -> Source:
     """Tell JSON Lines, a list and an object apart by the first bytes, and index the rows."""
     try:
         with path.open("rb") as file:
@@ -94,8 +99,8 @@ def open_source(path: Path, format: str, per: str) -> Source:
             if first == b"[":
                 file.seek(start)
                 return FileSource(path, _scan_list(file, path), None)
-            if format == "coco_captions" or _is_whole_object(file.readline()):
-                return _open_object(path, per)
+            if format in ("coco_captions", "coco_boxes") or _is_whole_object(file.readline()):
+                return _open_object(path, per, boxes)
             file.seek(start)
             return FileSource(path, *_scan_lines(file, start))
     except FileNotFoundError:
@@ -182,14 +187,17 @@ def _is_blank(file: IO[bytes], span: NDArray[np.int64]) -> bool:
     return not file.read(int(span[1] - span[0])).strip()
 
 
-def _open_object(path: Path, per: str) -> Source:
+def _open_object(path: Path, per: str, boxes: BoxTasks | None) -> Source:
     value = _parse(path.read_bytes(), str(path))
     if not isinstance(value, dict) or not {"annotations", "images"} <= value.keys():
         raise DataError(
             f"{path}: neither rows nor COCO captions: write one JSON object a line, a JSON list of "
             "objects, or an object with 'images' and 'annotations'"
         )
-    return RecordSource(path, list(caption_records(value, str(path), per)), "coco_captions")
+    if boxes is not None:
+        asks, left_out = box_records(value, str(path), boxes)
+        return RecordSource(path, asks, "coco_boxes", "row", left_out)
+    return RecordSource(path, list(caption_records(value, str(path), per)), "coco_captions", "caption", {})
 
 
 def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[dict[str, Any]]:
@@ -215,7 +223,8 @@ def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[d
     for i, annotation in enumerate(coco["annotations"]):
         if not isinstance(annotation, dict) or "caption" not in annotation:
             raise DataError(
-                f"{where}: annotations[{i}] has no 'caption'; give a captions file, not instances"
+                f"{where}: annotations[{i}] has no 'caption'; give a captions file, or read instances as "
+                "coco_boxes"
             )
         image_id = annotation.get("image_id")
         if not isinstance(image_id, (int, str)) or image_id not in names:

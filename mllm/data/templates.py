@@ -91,8 +91,70 @@ CHATML = (
     "{% endif %}{% endfor %}"
 )
 
+# The image in front of everything, then the text: no roles (BLIP-2, InstructBLIP, PaLI-3; also the prefix of
+# Frozen and ClipCap). `caption` leaves the instruction out, as `plain` does, but ends where the caption ends.
+_IMAGES = "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+_TEXTS = "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+
+
+def _bare(question: str) -> str:
+    return (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        + _IMAGES
+        + "{% if loop.first %}BOS{% endif %}"
+        + question
+        + "{% elif message['role'] == 'assistant' %}"
+        "{% generation %}" + _ANSWER + "END{% endgeneration %}{% endif %}{% endfor %}"
+    )
+
+
+CAPTION = _bare("")
+BARE = _bare(_TEXTS + "{{ ' ' }}")
+QUESTION_ANSWER = _bare("{{ 'Question: ' }}" + _TEXTS + "{{ ' Answer: ' }}")
+
+# LLaVA v1 and MiniGPT-4 end a message with `###`, which tokenizers cut in different ways: here an answer ends
+# with the end-of-sequence token.
+VICUNA_V0 = (
+    _with_default_system(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    )
+    + "BOS{{ system }}{{ '\\n\\n' }}{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ '### Human: ' }}" + _CONTENT + "{{ '\\n' }}{% else %}"
+    "{{ '### Assistant: ' }}{% generation %}" + _ANSWER + "END{% endgeneration %}{% endif %}{% endfor %}"
+)
+_MINIGPT_CONTENT = _CONTENT.replace("<image>", "{{ '<Img>' }}<image>{{ '</Img> ' }}")
+MINIGPT4 = (
+    _with_default_system("") + "BOS{{ system }}{% for message in turns %}{% if message['role'] == 'user' %}"
+    "{{ '###Human: ' }}" + _MINIGPT_CONTENT + "{{ ' ' }}{% else %}"
+    "{{ '###Assistant: ' }}{% generation %}" + _ANSWER + "END{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+def _instruction(content: str, before: str = "") -> str:
+    return (
+        "BOS{% for message in messages %}{% if message['role'] == 'user' %}"
+        + before
+        + "{{ '[INST] ' }}"
+        + content
+        + "{{ ' [/INST] ' }}{% elif message['role'] == 'assistant' %}{% generation %}"
+        + _ANSWER
+        + "END{% endgeneration %}{% endif %}{% endfor %}"
+    )
+
+
+MINIGPT_V2 = _instruction(_MINIGPT_CONTENT)
+COGVLM = _instruction(_TEXTS, _IMAGES + "{{ ' ' }}")
+
 TEMPLATES = {
     "plain": PLAIN,
+    "caption": CAPTION,
+    "bare": BARE,
+    "question_answer": QUESTION_ANSWER,
+    "vicuna_v0": VICUNA_V0,
+    "minigpt4": MINIGPT4,
+    "minigpt_v2": MINIGPT_V2,
+    "cogvlm": COGVLM,
     "vicuna_v1": VICUNA_V1,
     "llava_llama_2": LLAVA_LLAMA_2,
     "mistral_instruct": MISTRAL_INSTRUCT,

@@ -8,9 +8,10 @@ prompt's ids followed by the answer's, and the labels are exactly the answer and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from mllm.data.templates import Piece, adds_bos, adds_prefix_space
@@ -124,13 +125,21 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def expand_images(
-    ids: Sequence[int], labels: Sequence[int], image_token_id: int, num_image_tokens: int
+    ids: Sequence[int], labels: Sequence[int], image_token_id: int, counts: Iterable[int]
 ) -> tuple[list[int], list[int]]:
-    """Repeat every image placeholder `num_image_tokens` times; labels there are masked."""
+    """Repeat each image placeholder as often as its image has tokens; labels there are masked."""
     long_ids: list[int] = []
     long_labels: list[int] = []
+    of_images = iter(counts)
     for token, label in zip(ids, labels, strict=True):
-        count = num_image_tokens if token == image_token_id else 1
+        count = next(of_images) if token == image_token_id else 1
         long_ids += [token] * count
         long_labels += [label] * count
     return long_ids, long_labels
+
+
+def pad_rows(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> torch.Tensor:
+    """Rows of different lengths as one tensor [B, S], padded on the right unless `left`."""
+    width = max(map(len, rows))
+    padding = [[filler] * (width - len(row)) for row in rows]
+    return torch.tensor([[*p, *row] if left else [*row, *p] for p, row in zip(padding, rows, strict=True)])

@@ -98,10 +98,10 @@ def generate(
 ) -> Tensor:
     """Continue every row of `inputs` and return the new tokens [B, T], padded after the end.
 
-    `model` is any causal (vision-)language model of transformers or ours, `inputs` the left-padded
-    batch of its processor. The search is what `decode` says and nothing else: sampling settings,
-    penalties and beams in the model's own generation config do not count. `generate_kwargs` go to
-    transformers' `generate` (`use_cache`, `repetition_penalty`, `stopping_criteria`, ...); with a
+    `model` is any (vision-)language model of transformers or ours, `inputs` the batch of its processor,
+    left-padded unless an encoder reads it. The search is what `decode` says and nothing else: sampling
+    settings, penalties and beams in the model's own generation config do not count. `generate_kwargs` go
+    to transformers' `generate` (`use_cache`, `repetition_penalty`, `stopping_criteria`, ...); with a
     contrastive decoder, logits processors work on contrasted scores and are shown 2B rows.
 
     `seed` fixes sampling and leaves the global random state as it was; without it, sampling goes on
@@ -123,7 +123,8 @@ def generate(
     arguments |= decoder.generate_kwargs(model, tensors, streamer)
     with _seeded(seed, model.device):
         sequences: Tensor = model.generate(**arguments)
-    return sequences[:, inputs["input_ids"].shape[1] :]
+    # An encoder-decoder's sequences begin with its start token, not with the prompt.
+    return sequences[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :]
 
 
 def _neutral(model: Any, given: dict[str, Any]) -> dict[str, Any]:

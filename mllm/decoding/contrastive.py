@@ -67,8 +67,6 @@ class Vcd(Decoder):
 
     def generate_kwargs(self, model: Any, inputs: dict[str, Any], streamer: Any) -> dict[str, Any]:
         """Both branches as one batch, and the search that contrasts them."""
-        if model.config.is_encoder_decoder:
-            raise ConfigError("decode 'vcd': encoder-decoder language models are not supported")
         noise = partial(add_noise, step=self.noise_step, seed=self.noise_seed)
         search = partial(
             contrastive_search,
@@ -111,8 +109,9 @@ def two_branches(inputs: dict[str, Any], disturb: Callable[[Tensor], Tensor]) ->
         name: torch.cat([value, value]) if isinstance(value, Tensor) else value
         for name, value in inputs.items()
     }
-    if pixels is not None:
-        doubled["pixel_values"] = torch.cat([pixels, disturb(pixels)])
+    for name in ("pixel_values", "pixel_values_high"):
+        if inputs.get(name) is not None:
+            doubled[name] = torch.cat([inputs[name], disturb(inputs[name])])
     return doubled
 
 
@@ -153,7 +152,9 @@ def contrastive_search(
             ),
             return_dict=True,
         )
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        model_kwargs = model._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+        )
         prefill = False
 
         clean, other = outputs.logits[:, -1].float().to(input_ids.device).chunk(2)

@@ -3,7 +3,7 @@
     config.json, generation_config.json           what the model is
     processor_config.json, tokenizer*, chat_template.jinja    how prompts and pixels are made
     model*.safetensors                            every tensor that differs from the base models
-    adapter/                                      LoRA tensors, in PEFT's own layout
+    adapter/                                      PEFT's adapters, in its layout; a folder a kind if several
     mllm_manifest.json                            base models, tensor list, stage, data, versions, probe
 
 A base model that was loaded from a directory or the Hub and not trained is named, not copied: a stage-1
@@ -28,21 +28,31 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 from transformers.initialization import no_init_weights
 
 from mllm.errors import CheckpointError, ConfigError
-from mllm.model.configuration import MllmConfig
-from mllm.model.connectors import build_connector
-from mllm.model.lora import canonical_name, inject_lora, is_adapter
-from mllm.model.modeling import PARTS, MllmForConditionalGeneration
+from mllm.model.adapters import adapted_layer, canonical_name, inject, insert, is_adapter
+from mllm.model.added_tokens import resize_embeddings
+from mllm.model.modeling import MllmForConditionalGeneration
+from mllm.model.parted import PartedModel
 from mllm.model.parts import BASE_LOADERS, Base, fingerprint
+from mllm.model.pretraining.dual_encoder import DualEncoder
+from mllm.model.pretraining.pair_processing import PairProcessor
+from mllm.model.pretraining.qformer_pretraining import QFormerForPretraining
 from mllm.model.probe import check_probe, probe
 from mllm.model.processing import MllmProcessor
 
 MANIFEST = "mllm_manifest.json"
 ADAPTER_DIR = "adapter"
 FORMAT = 1
+# Model and processor classes by the model type in `config.json`.
+MODELS: dict[str, tuple[type[PartedModel], type[ProcessorMixin]]] = {
+    "mllm": (MllmForConditionalGeneration, MllmProcessor),
+    "mllm_dual_encoder": (DualEncoder, PairProcessor),
+    "mllm_qformer_pretraining": (QFormerForPretraining, PairProcessor),
+}
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -54,20 +64,20 @@ class Origin:
         base: for each part, the base it was loaded from; a part without one is saved whole.
         changed: names of tensors that differ from their base, as this or an earlier run trained them.
         parent: directory and manifest hash of the checkpoint that training started from.
-        lora: the LoRA configuration whose adapters are in the model, as PEFT writes it.
+        adapters: for each part that carries PEFT's adapters, their configuration as PEFT writes it.
     """
 
     base: dict[str, Base] = field(default_factory=dict)
     changed: set[str] = field(default_factory=set)
     parent: dict[str, str] | None = None
-    lora: dict[str, Any] | None = None
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def origin_of(model: MllmForConditionalGeneration) -> Origin:
+def origin_of(model: PartedModel) -> Origin:
     """The model's origin; a model composed of objects has an empty one and is saved whole."""
     if not hasattr(model, "origin"):
-        model.origin = Origin()  # type: ignore[assignment]
-    return model.origin  # type: ignore[return-value]
+        model.origin = Origin()
+    return model.origin
 
 
 def part_of(name: str) -> str:
@@ -79,8 +89,8 @@ def part_of(name: str) -> str:
 
 
 def save(
-    model: MllmForConditionalGeneration,
-    processor: MllmProcessor,
+    model: PartedModel,
+    processor: ProcessorMixin,
     path: str | Path,
     *,
     record: Mapping[str, Any] | None = None,
@@ -104,9 +114,12 @@ def save(
     origin = origin_of(model)
     with atomic_directory(path) as folder:
         model.config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)
-        weights, adapter = tensors_to_save(model, state_dict or model.state_dict())
+        tensors = state_dict or model.state_dict()
+        model.save_products(folder, processor, tensors)
+        weights, adapter = tensors_to_save(model, tensors)
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
         if adapter:
             _save_adapter(adapter, origin, folder / ADAPTER_DIR)
@@ -127,7 +140,7 @@ def save(
 
 
 def tensors_to_save(
-    model: MllmForConditionalGeneration, state_dict: Mapping[str, torch.Tensor]
+    model: PartedModel, state_dict: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(weights, adapter): what differs from the base models, under canonical names; tied tensors once."""
     trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
@@ -147,14 +160,16 @@ def tensors_to_save(
     return weights, adapter
 
 
-def needed_bases(model: MllmForConditionalGeneration, weights: Mapping[str, Any]) -> dict[str, Base]:
+def needed_bases(model: PartedModel, weights: Mapping[str, Any]) -> dict[str, Base]:
     """The bases of parts with parameters that are not among the saved weights, and in which dtype."""
     needed = {}
     for part, base in origin_of(model).base.items():
         for name, parameter in getattr(model, part).named_parameters():
             plain = canonical_name(f"{part}.{name}")
             if plain not in weights and not is_adapter(plain):
-                needed[part] = replace(base, dtype=dtype_name(parameter))
+                # A weight in 4 bit is bytes; it remembers what it was.
+                kind = getattr(parameter, "quant_state", parameter)
+                needed[part] = replace(base, dtype=dtype_name(kind))
                 break
     return needed
 
@@ -164,8 +179,8 @@ def describe(tensor: torch.Tensor) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor), "sum": int(checksum(tensor))}
 
 
-def dtype_name(tensor: torch.Tensor) -> str:
-    """`float32`, ..."""
+def dtype_name(tensor: Any) -> str:
+    """`float32`, ... of a tensor."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -180,10 +195,36 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _save_adapter(adapter: Mapping[str, torch.Tensor], origin: Origin, folder: Path) -> None:
-    folder.mkdir()
-    tensors = {PEFT_PREFIX + name.replace(".default.", "."): tensor for name, tensor in adapter.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(origin.lora, indent=1) + "\n", encoding="utf-8")
+    """One folder as PEFT lays it out, or, where parts are adapted in different ways, one for each way."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for config in origin.adapters.values():
+        joined = kinds.setdefault(adapter_kind(config), {})
+        for key, value in config.items():
+            is_layers = key in ("target_modules", "feedforward_modules")
+            joined[key] = sorted([*joined.get(key, []), *value]) if is_layers else value
+    for kind, config in kinds.items():
+        place = folder / kind if len(kinds) > 1 else folder
+        place.mkdir(parents=True)
+        layers = set(config["target_modules"])
+        tensors = {
+            PEFT_PREFIX + _name_on_disk(name): tensor
+            for name, tensor in adapter.items()
+            if adapted_layer(name) in layers
+        }
+        save_file(tensors, place / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (place / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def adapter_kind(config: Mapping[str, Any]) -> str:
+    """`lora`, `dora`, `rslora` or `ia3`, by a configuration of PEFT's."""
+    if config["peft_type"] == "IA3":
+        return "ia3"
+    return "dora" if config["use_dora"] else "rslora" if config["use_rslora"] else "lora"
+
+
+def _name_on_disk(name: str) -> str:
+    """An adapter tensor's name in PEFT's files, which leave out the name of the adapter itself."""
+    return name.replace(".default.", ".").removesuffix(".default")
 
 
 @contextmanager
@@ -210,8 +251,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     (path / MANIFEST).unlink(missing_ok=True)
     for old in path.glob("model*.safetensors*"):
         old.unlink()
-    shutil.rmtree(path / ADAPTER_DIR, ignore_errors=True)
+    shutil.rmtree(path / ADAPTER_DIR, ignore_errors=True)  # the new one may have none
     for new in sorted(folder.iterdir(), key=lambda file: file.name == MANIFEST):
+        if new.is_dir():  # a directory that is not empty cannot be replaced
+            shutil.rmtree(path / new.name, ignore_errors=True)
         new.replace(path / new.name)
     folder.rmdir()
 
@@ -230,7 +273,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     base: Mapping[str, str | Path] | None = None,
-) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    quantization: str | None = None,
+) -> tuple[Any, Any]:
     """Load a checkpoint directory: `model, processor = mllm.load("runs/instruct")`.
 
     Args:
@@ -238,16 +282,18 @@ def load(
         device: where to put the model.
         dtype: weights are cast to it; default: as they were saved.
         base: other places of base models that have moved, by part.
+        quantization: `nf4` loads the untrained base of the language model in 4 bit, to train on it.
 
     Raises:
+        ConfigError: a language model that is not as its base any more should be loaded in 4 bit.
         CheckpointError: a tensor is missing, superfluous or of another shape, a base model is not what it
             was, or the loaded model does not compute what the saved one did.
     """
     path = Path(path)
     if not has_manifest(path):
         raise CheckpointError(f"{path}: no {MANIFEST} here; give the directory of a checkpoint saved by mllm")
-    processor = MllmProcessor.from_pretrained(path)
-    return load_model(path, device=device, dtype=dtype, base=base), processor
+    processor = MODELS[model_class(path).config_class.model_type][1].from_pretrained(path)
+    return load_model(path, device=device, dtype=dtype, base=base, quantization=quantization), processor
 
 
 def load_model(
@@ -256,33 +302,47 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     base: Mapping[str, str | Path] | None = None,
-) -> MllmForConditionalGeneration:
+    quantization: str | None = None,
+) -> Any:
     """The model of a checkpoint directory; see `load`."""
     path = Path(path)
     manifest = read_manifest(path)
-    weights = _checked_tensors(path, sorted(path.glob("model*.safetensors")), manifest["weights"])
-    config = MllmConfig.from_pretrained(path)
+    weights = saved_tensors(path)
     bases = {part: Base(**entry) for part, entry in manifest["base"].items()}
     for part, source in (base or {}).items():
         if part not in bases:
             raise CheckpointError(f"{path}: {part!r} is saved whole, it has no base model to replace")
         bases[part] = replace(bases[part], source=str(source))
-    model = _build(config, bases, weights)
-    model.generation_config = GenerationConfig.from_pretrained(path)
-    model.origin = Origin(base=bases, changed=set(weights), parent=manifest.get("parent"))  # type: ignore[assignment]
+    own = bases.get("language_model")
+    requantised = quantization is not None and (own is None or own.quantization != quantization)
+    if requantised:
+        changed = sorted(n for n in {**weights, **manifest["adapter"]} if part_of(n) == "language_model")
+        if own is None or changed:
+            raise ConfigError(
+                f"{path}: its language model was trained ({changed[0]!r} differs from the base), and only an "
+                "untrained base is loaded in 4 bit; tune it as 'lora', or export it and start from the export"
+            )
+        compute = str(dtype or own.dtype).removeprefix("torch.")
+        bases["language_model"] = replace(own, quantization=quantization, dtype=compute)
+    cls = model_class(path)
+    model = assemble(cls, cls.config_class.from_pretrained(path), bases, weights)
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.origin = Origin(base=bases, changed=set(weights), parent=manifest.get("parent"))
     if manifest["adapter"]:
-        _load_adapter(model, path / ADAPTER_DIR, manifest["adapter"])
+        _load_adapters(model, path / ADAPTER_DIR, manifest["adapter"])
     if dtype is not None:
         nn.Module.to(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     nn.Module.to(model, device or "cpu").eval()
-    check_probe(model, manifest["probe"], path)
+    if not requantised:  # else it computes something else on purpose
+        check_probe(model, manifest["probe"], path)
     return model
 
 
-def restore(model: MllmForConditionalGeneration, path: Path) -> None:
+def restore(model: PartedModel, path: Path) -> None:
     """Copy a checkpoint's tensors into a model of the same make (to resume a run)."""
     manifest = read_manifest(path)
-    weights = _checked_tensors(path, sorted(path.glob("model*.safetensors")), manifest["weights"])
+    weights = saved_tensors(path)
     own = {canonical_name(name): tensor for name, tensor in model.state_dict().items()}
     wanted, adapter = tensors_to_save(model, model.state_dict())
     for saved, here in ((set(weights), set(wanted)), (set(manifest["adapter"]), set(adapter))):
@@ -293,7 +353,8 @@ def restore(model: MllmForConditionalGeneration, path: Path) -> None:
         for name, tensor in weights.items():
             own[name].copy_(tensor)
     if manifest["adapter"]:
-        _copy_adapter(model, path / ADAPTER_DIR, manifest["adapter"])
+        folder = path / ADAPTER_DIR
+        _set_adapters(model, _adapter_tensors(folder, manifest["adapter"]), folder)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -317,6 +378,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def manifest_hash(path: str | Path) -> str:
     """SHA-256 of a checkpoint's manifest, which names every tensor and the probe."""
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
+
+
+def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint directory without those of its adapter, checked against its manifest."""
+    return _checked_tensors(path, sorted(path.glob("model*.safetensors")), read_manifest(path)["weights"])
 
 
 def _checked_tensors(
@@ -348,36 +414,55 @@ def _checked_tensors(
     return tensors
 
 
-def _build(
-    config: MllmConfig, bases: Mapping[str, Base], weights: Mapping[str, torch.Tensor]
-) -> MllmForConditionalGeneration:
+def model_class(path: Path) -> type[Any]:
+    """The class of the model in a checkpoint directory, as its `config.json` says."""
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind not in MODELS:
+        raise CheckpointError(f"{path / 'config.json'}: model type {kind!r} is none of {', '.join(MODELS)}")
+    return MODELS[kind][0]
+
+
+def assemble(
+    cls: type[Any], config: Any, bases: Mapping[str, Base], weights: Mapping[str, torch.Tensor]
+) -> Any:
+    """A model whose tensors are those given, and for parts in `bases` also those of their bases.
+
+    Raises:
+        CheckpointError: a tensor is missing, superfluous or of another shape, or a base has changed.
+    """
     with torch.device("meta"):
-        model = MllmForConditionalGeneration(config)
-    for part in PARTS:
+        model = cls(config)
+    for part, _ in list(model.named_parts()):
         own = {
             name.removeprefix(f"{part}."): tensor for name, tensor in weights.items() if part_of(name) == part
         }
-        module = _from_base(part, bases[part]) if part in bases else _empty(config, part)
-        _assign(module, own, part, complete=part not in bases)
+        module = _from_base(part, bases[part], model.config) if part in bases else _empty(model, part)
+        if part == "language_model":
+            resize_embeddings(module, model.config.text_config.vocab_size)
+        if spec := getattr(model.config, "inserted", {}).get(part):
+            insert(module, part, spec)
+        assign(module, own, part, complete=part not in bases)
         setattr(model, part, module)
+    model.connect()
     return model
 
 
-def _empty(config: MllmConfig, part: str) -> Any:
+def _empty(model: Any, part: str) -> Any:
     """A part with its buffers in place and its weights not yet set."""
     with no_init_weights():
-        if part == "vision_encoder":
-            return AutoModel.from_config(config.vision_config)
-        if part == "language_model":
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-            language_model.tie_weights()  # skipped together with the initialisation
-            return language_model
-        return build_connector(config.connector, config.vision_dim, config.text_config.hidden_size)
+        module = model.build_part(model.config, part)
+    if isinstance(module, PreTrainedModel):
+        module.tie_weights()  # skipped together with the initialisation
+    return module
 
 
-def _from_base(part: str, base: Base) -> PreTrainedModel:
+def _from_base(part: str, base: Base, config: Any) -> PreTrainedModel:
+    # The feature layer decides on the class: CLIP's projection is in one of its own.
+    options: dict[str, Any] = {"layer": config.vision_feature_layer} if part == "vision_encoder" else {}
+    if base.quantization:
+        options["quantization"] = base.quantization
     try:
-        module = BASE_LOADERS[part](base.source, getattr(torch, base.dtype))
+        module = BASE_LOADERS[part](base.source, getattr(torch, base.dtype), **options)
     except ConfigError as error:
         raise CheckpointError(f"the checkpoint needs its base model; {error}; {_moved(part)}") from error
     if fingerprint(base.source, module) != base.fingerprint:
@@ -392,7 +477,7 @@ def _moved(part: str) -> str:
     return f"if it has moved, load with base={{{part!r}: <its place>}}"
 
 
-def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: bool) -> None:
+def assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: bool) -> None:
     """Copy tensors into a part; with `complete`, every tensor of the part must be among them."""
     own = module.state_dict()
     unknown = sorted(set(tensors) - set(own))
@@ -410,31 +495,52 @@ def _assign(module: Any, tensors: dict[str, torch.Tensor], part: str, complete: 
                 f"tensor '{part}.{name}' has shape {list(tensor.shape)}, the model {list(own[name].shape)}"
             )
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    written: set[int] = set()
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            # Trained tensors may be float32 beside frozen ones of a lower precision.
-            if name in parameters:
-                parameters[name].data = tensor
-            else:
-                own[name].copy_(tensor)
+        for name in (name for name in own if name in tensors):
+            if name not in parameters:
+                own[name].copy_(tensors[name])
+            elif id(parameters[name]) not in written:
+                # Trained tensors may be float32 beside frozen ones of a lower precision.
+                parameters[name].data = tensors[name]
+                written.add(id(parameters[name]))
+            else:  # tied by the configuration, but not in truth: the head of every Flan-T5
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, nn.Parameter(tensors[name]))
 
 
-def _load_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
+def _load_adapters(model: PartedModel, folder: Path, expected: Mapping[str, Any]) -> None:
     """Insert the adapters that a checkpoint was saved with."""
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'}: cannot be read: {error}") from error
-    origin_of(model).lora = inject_lora(model, settings)
-    _copy_adapter(model, folder, expected)
+    tensors = _adapter_tensors(folder, expected)
+    for place in _adapter_folders(folder):
+        try:
+            settings = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{place / ADAPTER_CONFIG}: cannot be read: {error}") from error
+        names = [name.removeprefix(PEFT_PREFIX) for name in load_file(place / ADAPTER_WEIGHTS)]
+        layers = sorted({adapted_layer(name) for name in names})
+        scaled_inside = settings.get("feedforward_modules") or []
+        for part, module in model.named_parts():
+            own = [name.removeprefix(f"{part}.") for name in layers if part_of(name) == part]
+            inner = [name.removeprefix(f"{part}.") for name in scaled_inside if part_of(name) == part]
+            if own:
+                origin_of(model).adapters[part] = inject(module, part, settings, own, inner)
+    _set_adapters(model, tensors, folder)
 
 
-def _copy_adapter(model: MllmForConditionalGeneration, folder: Path, expected: Mapping[str, Any]) -> None:
-    # PEFT's file leaves out the adapter's name, which stands in the model's own tensor names.
-    listed = {name.replace(".default.", "."): entry for name, entry in expected.items()}
-    tensors = _checked_tensors(folder, [folder / "adapter_model.safetensors"], listed, PEFT_PREFIX)
+def _adapter_tensors(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    listed = {_name_on_disk(name): entry for name, entry in expected.items()}
+    files = [place / ADAPTER_WEIGHTS for place in _adapter_folders(folder)]
+    return _checked_tensors(folder, files, listed, PEFT_PREFIX)
+
+
+def _adapter_folders(folder: Path) -> list[Path]:
+    return sorted({file.parent for file in folder.rglob("adapter_*")})
+
+
+def _set_adapters(model: PartedModel, tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     places = {
-        canonical_name(name).replace(".default.", "."): parameter
+        _name_on_disk(canonical_name(name)): parameter
         for name, parameter in model.named_parameters()
         if is_adapter(name)
     }

@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from mllm.model.anyres import AnyRes, make_newline, tiling_of
 from mllm.model.configuration import MllmConfig
 from mllm.model.connectors import build_connector
-from mllm.model.vision_encoder import patch_features
+from mllm.model.fusion import build_fusion
+from mllm.model.fusion.base import KEY, Context
+from mllm.model.language_model import build_language_model
+from mllm.model.parted import PartedModel, fixed_ids, fixed_pixels
+from mllm.model.prefix_attention import prefix_attention_mask
+from mllm.model.soft_prompt import call_language_model
+from mllm.model.vision_encoder import build_vision_encoder
 
-PARTS = ("vision_encoder", "connector", "language_model")
+PARTS = ("vision_encoder", "connector", "fusion", "language_model")
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "pixel_values_high", "instruction_ids", "instruction_mask")
+"""What `embed` takes beside the token ids."""
 
 
-class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Any Hugging Face vision model, a connector, and any Hugging Face causal language model, kept whole."""
+@dataclass
+class MllmOutput(CausalLMOutputWithPast):
+    """Loss, logits and cache; in cached generation also what a fusion needs for the next token."""
+
+    fusion_context: Any = None
+
+
+class MllmForConditionalGeneration(PartedModel, GenerationMixin):
+    """Any vision model, a connector, if wanted a deep fusion, and any Hugging Face language model."""
 
     config_class = MllmConfig
     config: MllmConfig
+    parts = PARTS
+    vision_encoder: Any
+    connector: Any
+    fusion: Any
+    language_model: Any
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
-    def __init__(self, config: MllmConfig):
-        super().__init__(config)
+    @classmethod
+    def build_part(cls, config: MllmConfig, part: str) -> nn.Module | None:
+        """One part with fresh weights; None for the fusion of a model without one."""
+        if part == "vision_encoder":
+            return build_vision_encoder(config.vision_config, config.vision_feature_layer)
+        if part == "language_model":
+            return build_language_model(config.text_config)
         text_dim = config.text_config.hidden_size
-        self.vision_encoder = AutoModel.from_config(config.vision_config)
-        self.connector = build_connector(config.connector, config.vision_dim, text_dim)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.post_init()
+        if part == "connector":
+            connector = build_connector(config.connector, config.vision_dim, text_dim)
+            if config.tiling is not None:
+                connector.image_newline = make_newline(text_dim)
+            return connector
+        if config.fusion is None:
+            return None
+        with torch.device("meta"):
+            connector = build_connector(config.connector, config.vision_dim, text_dim)
+        media_tokens = connector.num_tokens(config.num_patches)
+        return build_fusion(config.fusion, config.text_config, connector.out_dim, media_tokens)
+
+    def connect(self) -> None:
+        """Attach the fusion's modules to the language model's layers."""
+        if self.fusion is not None:
+            self.fusion.attach(self.language_model)
 
     @classmethod
     def from_components(cls, **components: Any) -> tuple[MllmForConditionalGeneration, Any]:
@@ -43,24 +77,6 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         from mllm.model.compose import compose  # compose imports this module
 
         return compose(**components)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint directory of ours, checked against its manifest, or plain weights."""
-        from mllm.model.checkpoint import has_manifest, load_model  # checkpoint imports this module
-
-        if has_manifest(pretrained_model_name_or_path):
-            return load_model(pretrained_model_name_or_path, dtype=kwargs.get("dtype"))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def train(self, mode: bool = True) -> MllmForConditionalGeneration:
-        """Training mode for parts with anything to train; a frozen part never uses dropout."""
-        super().train(mode)
-        for name in PARTS:
-            part = getattr(self, name, None)
-            if mode and part is not None and not any(p.requires_grad for p in part.parameters()):
-                part.eval()
-        return self
 
     def get_input_embeddings(self) -> nn.Module:
         """The language model's token embedding."""
@@ -74,18 +90,55 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The language model's head."""
         return self.language_model.get_output_embeddings()
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images to soft tokens: [I, C, H, W] -> [I, M, Dt]."""
-        features = patch_features(
-            self.vision_encoder,
-            pixel_values.to(self.vision_encoder.dtype),
-            self.config.vision_feature_layer,
-            self.config.num_prefix_tokens,
-        )  # [I, N, Dv]
-        return self.connector(features.to(next(self.connector.parameters()).dtype))
+    @property
+    def tiling(self) -> AnyRes | None:
+        """How images are cut into tiles, if they are."""
+        return tiling_of(self.config)
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings with soft tokens in the place of the placeholders: [B, S] -> [B, S, Dt].
+    def set_tiling(self, settings: dict[str, Any]) -> None:
+        """Tile images from now on, as LLaVA-NeXT's second stage does on a first one without tiles."""
+        self.config.tiling = dict(settings)
+        tiling_of(self.config)  # raises ConfigError where it cannot be
+        if not hasattr(self.connector, "image_newline"):
+            like = next(self.connector.parameters())
+            newline = make_newline(self.config.text_config.hidden_size, like.dtype, like.device)
+            self.connector.image_newline = newline
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        instruction_ids: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Images to the connector's tokens: [I, C, H, W] -> [I, M, D].
+
+        `instruction_ids` and `instruction_mask` [I, L] are for connectors that read the instruction. With
+        tiling, [T, C, H, W] are the views of all images, `image_sizes` [I, 2] their (height, width), and
+        the result is [total, D], since images differ in length.
+        """
+        features = self.vision_features(pixel_values)  # [I, N, Dv]
+        features = features.to(next(self.connector.parameters()).dtype)
+        soft = self.connector(features, instruction_ids, instruction_mask)  # [I, M, D]
+        if self.tiling is None:
+            return soft
+        if image_sizes is None:
+            raise ValueError("this model tiles its images: give image_sizes [I, 2], (height, width) of each")
+        return self.tiling.merge(soft, image_sizes.tolist(), self.connector.image_newline)
+
+    def embed(
+        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, **of_images: Any
+    ) -> tuple[torch.Tensor, Context]:
+        """Token embeddings with soft tokens in the place of the placeholders, and the fusion's context.
+
+        Args:
+            input_ids: [B, S].
+            pixel_values: [I, C, H, W], or None where there is no image.
+            **of_images: `image_sizes`, `instruction_ids`, `instruction_mask` and `pixel_values_high` of
+                `forward`.
+
+        Returns:
+            ([B, S, Dt], context).
 
         Raises:
             ValueError: placeholders and soft tokens differ in number.
@@ -93,26 +146,139 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         is_image = input_ids == self.config.image_token_id  # [B, S]
         # The placeholder's id may lie beyond the embedding, so it must not be looked up.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, S, Dt]
+        context: Context = None
+        no_image = pixel_values is None
         if pixel_values is None:
             if is_image.any():
                 raise ValueError(f"{int(is_image.sum())} image placeholders, but no pixel_values")
-            return embeds + self._unused_image(embeds) if self.training else embeds
-        soft = self.encode_images(pixel_values).to(embeds.dtype)  # [I, M, Dt]
+            if not self.training:
+                return embeds, context
+            # On many ranks every rank must call every part in every micro-step, or collectives wait for
+            # ever on the rank whose rows hold text only.
+            of_images = self._no_image(embeds.device)
+            ((views, _),) = self._image_counts(1, of_images.get("image_sizes"))
+            pixel_values = torch.zeros(views, *self.config.pixel_shape, device=embeds.device)
+        high = of_images.pop("pixel_values_high", None)
+        soft = self.encode_images(pixel_values, **of_images)  # [I, M, D], with tiling [total, D]
+        if self.fusion is not None:
+            soft, context = self.fusion.prepare(is_image, soft, high)  # [I, P, Dt]
+        soft = soft.to(embeds.dtype)
+        if no_image:
+            return embeds + (soft * 0).sum(), context
         if is_image.sum() * soft.shape[-1] != soft.numel():
+            images = pixel_values if of_images.get("image_sizes") is None else of_images["image_sizes"]
             raise ValueError(
-                f"{int(is_image.sum())} image placeholders for {soft.shape[0]} images "
-                f"of {soft.shape[1]} tokens each"
+                f"{int(is_image.sum())} image placeholders for {len(images)} images "
+                f"with {soft.numel() // soft.shape[-1]} tokens in all"
             )
-        return embeds.masked_scatter(is_image.unsqueeze(-1), soft)
+        return embeds.masked_scatter(is_image.unsqueeze(-1), soft), context
 
-    def _unused_image(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Zero, but computed through encoder and connector.
+    def _image_counts(self, images: int, image_sizes: torch.Tensor | None) -> list[tuple[int, int]]:
+        """(views, placeholders) of each image."""
+        if self.tiling is None or image_sizes is None:
+            return [(1, self.config.num_image_tokens)] * images
+        return [(self.tiling.num_tiles(s), self.tiling.num_tokens(s)) for s in image_sizes.tolist()]
 
-        On many ranks every rank must call every part in every micro-step, or collectives wait for ever
-        on the rank whose rows hold text only.
+    def _no_image(self, device: torch.device) -> dict[str, Any]:
+        """What goes with one image of the encoder's size, beside its pixels, where nothing is asked of it."""
+        inputs = {}
+        if self.tiling is not None:
+            inputs["image_sizes"] = torch.tensor([self.config.pixel_shape[1:]], device=device)
+        if self.fusion is not None and self.fusion.high_res_size:
+            side = self.fusion.high_res_size
+            inputs["pixel_values_high"] = fixed_pixels((3, side, side), device)
+        if self.connector.reads_text:
+            blank = torch.zeros(1, 1, dtype=torch.long, device=device)
+            inputs |= {"instruction_ids": blank, "instruction_mask": torch.ones_like(blank)}
+        return inputs
+
+    def position_ids(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Positions [B, S] counted along the mask, so that left padding does not move a row."""
+        if self.fusion is not None and input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            own = self.fusion.position_ids(input_ids == self.config.image_token_id, mask)
+            if own is not None:
+                return own
+        if attention_mask is None or attention_mask.dim() != 2:
+            return None
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: Any) -> Any:
+        own = self.position_ids(inputs_tensor, model_kwargs.get("attention_mask"))
+        return (
+            super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) if own is None else own
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
+        """For several beams or answers a row, all its images are repeated in turn, not each by itself."""
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
+        if images and expand_size > 1:
+            counts = self._image_counts(len(images["pixel_values"]), images.get("image_sizes"))
+            views, placeholders = torch.tensor(counts, device=input_ids.device).unbind(1)  # [I]
+            in_rows = (input_ids == self.config.image_token_id).sum(1)  # [B]
+            row = torch.searchsorted(in_rows.cumsum(0), placeholders.cumsum(0))  # [I], where each stands
+            for name, tensor in images.items():
+                own = row.repeat_interleave(views) if name == "pixel_values" else row
+                copies = torch.cat([own * expand_size + copy for copy in range(expand_size)])
+                images[name] = tensor[copies.argsort(stable=True) % len(own)]
+        plain: Any = super()
+        ids, kwargs = plain._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **kwargs
+        )
+        return ids, kwargs | images
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Also hand on what the fusion's layers need at the next token."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if self.fusion is not None and outputs.fusion_context is not None:
+            updated["fusion_context"] = self.fusion.carry(outputs.fusion_context)
+        return updated
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `generate`, which an encoder-decoder's prompt enters encoded.
+
+        The result begins with the prompt, that of an encoder-decoder with its start token alone.
         """
-        pixels = torch.zeros(1, *self.config.pixel_shape, device=embeds.device)
-        return (self.encode_images(pixels) * 0).sum().to(embeds.dtype)
+        ids: Any = kwargs.get("input_ids", inputs)
+        embeds = kwargs.get("inputs_embeds")
+        if self.config.prefix_attention:
+            # Without a cache, every step sees the answer so far among its inputs: it is not the prompt.
+            prompt = ids if embeds is None else embeds[..., 0]  # [B, P]
+            kwargs.setdefault("prefix_mask", torch.ones_like(prompt))
+        if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is None:
+            of_images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+            if embeds is None:
+                embeds, _ = self.embed(ids, **of_images)  # [B, S, Dt]
+            for name in ("input_ids", "inputs_embeds"):  # these would be taken for the decoder's
+                kwargs.pop(name, None)
+            kwargs["encoder_outputs"] = self.language_model.get_encoder()(
+                inputs_embeds=embeds, attention_mask=kwargs.get("attention_mask"), return_dict=True
+            )
+            inputs = None
+        plain: Any = super()
+        return plain.generate(inputs, *args, **kwargs)
+
+    def probe_inputs(self) -> dict[str, torch.Tensor]:
+        """One image and eight tokens, which an encoder-decoder also has as its answer."""
+        config = self.config
+        device: Any = self.get_input_embeddings().weight.device
+        text = fixed_ids(config.text_config.vocab_size, config.image_token_id)
+        beside = self._no_image(device)
+        ((views, placeholders),) = self._image_counts(1, beside.get("image_sizes"))
+        image = torch.full((placeholders,), config.image_token_id)
+        return {
+            "input_ids": torch.cat([image, text])[None].to(device),
+            "pixel_values": fixed_pixels((views, *config.pixel_shape), device)[0],
+            **beside,
+            **({"decoder_input_ids": text[None].to(device)} if config.is_encoder_decoder else {}),
+        }
 
     def forward(
         self,
@@ -125,8 +291,16 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        pixel_values_high: torch.Tensor | None = None,
+        instruction_ids: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+        fusion_context: Context | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MllmOutput:
         """Logits, and the loss when labels are given.
 
         Args:
@@ -138,36 +312,84 @@ class MllmForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 does not move a row.
             past_key_values: the language model's cache.
             inputs_embeds: [B, S, Dt] in place of `input_ids` and `pixel_values`.
-            labels: [B, S], -100 where masked; shifted inside.
+            labels: [B, S], -100 where masked; shifted inside. Of an encoder-decoder, [B, T]: the answers.
             use_cache: return a cache.
             logits_to_keep: compute only the last k logits (or those at the indices given); 0 means all.
+                Encoder-decoders always compute all.
+            image_sizes: [I, 2], (height, width) of each image before it was cut into tiles; `pixel_values`
+                are then [T, C, H, W], the views of all images.
+            pixel_values_high: [I, C, H, W], the images at the resolution of a fusion with an own encoder.
+            instruction_ids, instruction_mask: [I, L], what is asked of each image, in the tokens of an
+                instruction-aware connector.
+            fusion_context: what the fusion kept of the prompt, in cached generation.
+            prefix_mask: [B, P], 1 where the prompt is, for prefix attention; see `prefix_attention_mask`.
+            decoder_input_ids: [B, T], of encoder-decoders; default: the labels shifted, or the start token
+                alone, so that `logits[:, -1]` is about the first token of the answer.
+            encoder_outputs: what the language model's encoder made of the prompt, in generation.
             **kwargs: passed on; `num_items_in_batch` normalises the loss over the global batch.
         """
-        if inputs_embeds is None:
+        if inputs_embeds is None and encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
-            inputs_embeds = self.embed(input_ids, pixel_values)
+            of_images = {
+                "image_sizes": image_sizes,
+                "pixel_values_high": pixel_values_high,
+                "instruction_ids": instruction_ids,
+                "instruction_mask": instruction_mask,
+            }
+            inputs_embeds, context = self.embed(input_ids, pixel_values, **of_images)
+            fusion_context = context if context is not None else fusion_context
         num_items = kwargs.pop("num_items_in_batch", None)
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
-        output = self.language_model(
+        own: dict[str, Any]
+        if self.config.is_encoder_decoder or inputs_embeds is None:  # None: in encoder_outputs already
+            if decoder_input_ids is None:
+                states: Any = inputs_embeds if encoder_outputs is None else encoder_outputs[0]  # [B, S, Dt]
+                answer = labels if labels is not None else states.new_zeros(len(states), 1, dtype=torch.long)
+                decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(answer)
+            own = {"decoder_input_ids": decoder_input_ids, "encoder_outputs": encoder_outputs}
+        else:
+            if position_ids is None:
+                position_ids = self.position_ids(input_ids, attention_mask)
+                if position_ids is not None:
+                    position_ids = position_ids[:, -inputs_embeds.shape[1] :]
+            if self.config.prefix_attention:
+                attention_mask = prefix_attention_mask(
+                    self.language_model.config,
+                    inputs_embeds,
+                    attention_mask,
+                    past_key_values,
+                    prefix_mask,
+                    labels,
+                )
+            own = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+            if self.fusion is not None:
+                own[KEY] = fusion_context
+        output = call_language_model(
+            self.language_model,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             # A cache filled during training would only take memory.
             use_cache=False if use_cache is None and labels is not None else use_cache,
-            logits_to_keep=logits_to_keep,
+            **own,
             **kwargs,
         )
         loss = None
         if labels is not None:
-            vocab_size = output.logits.shape[-1]
-            loss = self.loss_function(output.logits, labels, vocab_size, num_items_in_batch=num_items)
-        return CausalLMOutputWithPast(
+            # An encoder-decoder's inputs are shifted already, so its labels must not be.
+            shifted = labels if self.config.is_encoder_decoder else None
+            loss = self.loss_function(
+                output.logits,
+                labels,
+                output.logits.shape[-1],
+                num_items_in_batch=num_items,
+                shift_labels=shifted,
+            )
+        return MllmOutput(
             loss=loss,
             logits=output.logits,
             past_key_values=output.past_key_values,
             hidden_states=getattr(output, "hidden_states", None),
             attentions=getattr(output, "attentions", None),
+            fusion_context=fusion_context if output.past_key_values is not None else None,
         )

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
-    MODEL_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
+    AutoImageProcessor,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm.errors import ConfigError
+from mllm.model.fused_vision import FusedImageProcessor, FusedVisionConfig, FusedVisionEncoder
+from mllm.model.language_model import build_language_model, language_model_class
+from mllm.model.text_encoder import build_text_encoder, text_class
+from mllm.model.vision_encoder import VISION_CLASSES, FeatureLayer, build_vision_encoder, vision_class
 
 PACKAGE = Path(__file__).parents[1]
 SHIPPED = "mllm://"
@@ -24,50 +34,176 @@ SHIPPED = "mllm://"
 
 @dataclass(frozen=True)
 class Base:
-    """Where an untrained part came from: a directory or Hub name; what its weights were; the dtype to use."""
+    """Where an untrained part came from: a directory or Hub name; what its weights were; how to load them."""
 
     source: str
     fingerprint: str
     dtype: str = "float32"
+    quantization: str | None = None
 
 
-def base_of(source: str | Path, module: PreTrainedModel) -> Base:
+def base_of(source: str | Path, module: PreTrainedModel, quantization: str | None = None) -> Base:
     """The base that `module` was loaded from; a directory is named so that it is found from anywhere."""
     place = str(Path(source).resolve()) if Path(source).is_dir() else str(source)
-    return Base(place, fingerprint(source, module))
+    return Base(place, fingerprint(source, module), quantization=quantization)
 
 
-def load_vision_config(source: str | Path) -> PreTrainedConfig:
-    """The configuration of a vision model; of a CLIP-like pair, the vision half's."""
-    config = load_named(AutoConfig, source, "vision_encoder")
+def load_vision_config(source: Any, layer: FeatureLayer | Sequence[FeatureLayer]) -> PreTrainedConfig:
+    """The configuration of a vision model; arguments as in `load_vision_encoder`."""
+    layers = _layers(source, layer)
+    if isinstance(source, (list, tuple)):
+        each = [load_vision_config(s, one) for s, one in zip(source, layers, strict=True)]
+        return FusedVisionConfig(each, layers)
+    config = load_config(source, "vision_encoder")
     return getattr(config, "vision_config", config)
 
 
 def load_vision_encoder(
-    source: str | Path | PreTrainedModel, dtype: torch.dtype | None = None
+    source: Any, dtype: torch.dtype | None = None, layer: FeatureLayer | Sequence[FeatureLayer] = "last"
 ) -> PreTrainedModel:
-    """A vision model; of a CLIP-like pair, the vision half."""
+    """A vision model that computes the feature layer.
+
+    Args:
+        source: a directory or Hub name, a model (of a CLIP-like pair, the vision half is taken), a
+            configuration `{"model_type": ..., argument: value}` for fresh weights, or a list of these,
+            whose features are fused.
+        dtype: of the weights; default: float32.
+        layer: the feature layer, of a list also one each.
+    """
+    layers = _layers(source, layer)
+    if isinstance(source, (list, tuple)):
+        each = [load_vision_encoder(s, dtype, one) for s, one in zip(source, layers, strict=True)]
+        return FusedVisionEncoder.of(each, layers)
     if isinstance(source, PreTrainedModel):
         half: Any = source.vision_model if hasattr(source.config, "vision_config") else source
+        wanted = vision_class(half.config, layers[0])
+        if not isinstance(half, wanted):
+            raise ConfigError(
+                f"vision_encoder: the feature layer {layer!r} needs a {wanted.__name__}, found a "
+                f"{type(half).__name__}; give the directory of the model"
+            )
         return half
-    config = load_vision_config(source)
-    model_class = MODEL_MAPPING[type(config)]
-    return load_named(model_class, source, "vision_encoder", config=config, dtype=dtype or torch.float32)
+    config = load_vision_config(source, layer)
+    if isinstance(source, Mapping):
+        return nn.Module.to(build_vision_encoder(config, layers[0]), dtype or torch.float32)
+    model, report = load_named(
+        vision_class(config, layers[0]),
+        source,
+        "vision_encoder",
+        config=config,
+        dtype=dtype or torch.float32,
+        output_loading_info=True,
+        # Unlike other pairs' halves, these do not find their weights among the whole model's.
+        key_mapping={r"^vision_model\.": ""} if config.model_type in VISION_CLASSES else None,
+    )
+    # transformers only warns, and goes on with random weights. A ViT's pooler is often not published.
+    missing = {name for name in report["missing_keys"] if layer == "pooled" or not name.startswith("pooler.")}
+    if missing:
+        raise ConfigError(
+            f"vision_encoder: {str(source)!r} has no weights for {min(missing)!r} ({len(missing)} missing); "
+            "give the directory of the whole model, or another vision_feature_layer"
+        )
+    return model
+
+
+def _layers(source: Any, layer: FeatureLayer | Sequence[FeatureLayer]) -> list[FeatureLayer]:
+    """The feature layer of each encoder."""
+    count = len(source) if isinstance(source, (list, tuple)) else 1
+    if isinstance(layer, (int, str)):
+        return [layer] * count
+    if len(layer) != count or count == 1:
+        raise ConfigError(
+            f"vision_feature_layer: {len(layer)} layers for {count} vision encoders; give one, or one each"
+        )
+    return list(layer)
+
+
+def load_image_processor(source: Any) -> Any:
+    """An image processor that gives [I, C, H, W]; of a list, their fusion."""
+    if isinstance(source, (list, tuple)):
+        return FusedImageProcessor([load_image_processor(each) for each in source])
+    processor = load_named(AutoImageProcessor, source, "image_processor")
+    if not hasattr(processor, "max_num_patches"):
+        return processor
+    # SigLIP 2 NaFlex's own gives patches, their number up to the picture's shape. On a square picture
+    # this one gives the same pixels.
+    side = isqrt(processor.max_num_patches) * processor.patch_size
+    return SiglipImageProcessorPil(
+        size={"height": side, "width": side},
+        resample=processor.resample,
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+    )
 
 
 def load_language_model(
-    source: str | Path | PreTrainedModel,
+    source: str | Path | Mapping[str, Any] | PreTrainedModel,
     dtype: torch.dtype | None = None,
     attention: str | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, whole."""
+    """A causal or encoder-decoder language model, whole; of a configuration, with fresh weights.
+
+    With `quantization="nf4"` its linear layers but the head are loaded in 4 bit (QLoRA, arXiv 2305.14314).
+    """
+    if quantization is not None:
+        return _load_in_4_bit(source, dtype or torch.float32, attention)
     if isinstance(source, PreTrainedModel):
         return source
     options = {"attn_implementation": attention} if attention else {}
-    return load_named(AutoModelForCausalLM, source, "language_model", dtype=dtype or torch.float32, **options)
+    config = load_config(source, "language_model")
+    if isinstance(source, Mapping):
+        return nn.Module.to(build_language_model(config, **options), dtype or torch.float32)
+    factory = language_model_class(config)
+    return load_named(factory, source, "language_model", dtype=dtype or torch.float32, **options)
 
 
-BASE_LOADERS = {"vision_encoder": load_vision_encoder, "language_model": load_language_model}
+def _load_in_4_bit(source: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    """NF4 with double quantisation; everything else, and the products, in `dtype`."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("4 bit needs bitsandbytes; run: pip install 'mllm[quant]'")
+    if not isinstance(source, (str, Path)):
+        raise ConfigError("language_model: only a directory or Hub name can be loaded in 4 bit; give one")
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    factory = language_model_class(load_config(source, "language_model"))
+    model = load_named(
+        factory, source, "language_model", dtype=dtype, quantization_config=settings, **options
+    )
+    for layer in model.modules():
+        # Else, on some CPUs, the first call without gradients would pack the weights in another way, round
+        # their scales, and stop where a layer is narrower than a block.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    # `config.json` says what the model is; that it is loaded in 4 bit, the manifest says.
+    del model.config.quantization_config
+    return model
+
+
+def load_text_encoder(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A text model such as BERT; sources as in `load_vision_encoder`, of which it is the other half."""
+    if isinstance(source, PreTrainedModel):
+        half: Any = source.text_model if hasattr(source.config, "vision_config") else source
+        return half
+    config = load_config(source, "text_encoder")
+    config = getattr(config, "text_config", config)
+    if isinstance(source, Mapping):
+        model: Any = build_text_encoder(config)
+        return model.to(dtype or torch.float32)
+    options: Any = {"config": config, "dtype": dtype or torch.float32}
+    return load_named(text_class(config), source, "text_encoder", **options)
+
+
+BASE_LOADERS = {
+    "vision_encoder": load_vision_encoder,
+    "text_encoder": load_text_encoder,
+    "language_model": load_language_model,
+}
 
 
 def resolve(source: str | Path) -> str:
@@ -79,17 +215,33 @@ def resolve(source: str | Path) -> str:
 def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
     """`factory.from_pretrained(source)`, with an error that names the part; an object is returned."""
     if not isinstance(source, (str, Path)):
-        if isinstance(source, PreTrainedModel):
-            raise ConfigError(f"{what}: say which one; the model was given as an object, which has none")
+        if isinstance(source, (PreTrainedModel, Mapping)):
+            given = "an object" if isinstance(source, PreTrainedModel) else "a configuration"
+            raise ConfigError(f"{what}: say which one; the model was given as {given}, which has none")
         return source
     try:
         return factory.from_pretrained(resolve(source), **kwargs)
     except (OSError, ValueError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"{what}: cannot load {str(source)!r}: {first_line} "
+            f"{what}: cannot load {str(source)!r}: {_first_line(error)} "
             "(give a directory, or a Hub name that can be reached)"
         ) from error
+
+
+def load_config(source: Any, what: str) -> PreTrainedConfig:
+    """The configuration of a model, or the one that a recipe spells out."""
+    if not isinstance(source, Mapping):
+        return load_named(AutoConfig, source, what)
+    try:
+        return AutoConfig.for_model(**source)
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{what}: {_first_line(error)} (a configuration is a model_type of transformers and its settings)"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def fingerprint(source: str | Path, module: PreTrainedModel) -> str:

@@ -9,43 +9,35 @@ from typing import Any
 import torch
 
 from mllm.errors import CheckpointError
-from mllm.model.modeling import MllmForConditionalGeneration
+from mllm.model.parted import PartedModel
 
 # Largest allowed difference of probe logits, relative to their size.
 PROBE_TOLERANCE = {"float32": 1e-4, "float64": 1e-6, "bfloat16": 5e-2, "float16": 2e-2}
 
 
-def probe(model: MllmForConditionalGeneration) -> dict[str, Any]:
-    """Logits on a fixed input (one image and eight tokens), sampled over the vocabulary."""
-    config = model.config
-    device: Any = model.get_input_embeddings().weight.device
-    vocab = config.text_config.vocab_size
-    text = (torch.arange(8) * 37 + 11) % vocab
-    text[text == config.image_token_id] = 0
-    ids = torch.cat([torch.full((config.num_image_tokens,), config.image_token_id), text])[None].to(device)
-    channels, height, width = config.pixel_shape
-    pixels = torch.cos(torch.arange(channels * height * width) * 0.01).reshape(1, channels, height, width)
+def probe(model: PartedModel) -> dict[str, Any]:
+    """Logits on the model's fixed input, sampled over the vocabulary."""
+    inputs = model.probe_inputs()
+    device = next(iter(inputs.values())).device
     training = model.training
     model.eval()
     # In a mixed precision run, accelerate lays autocast over `forward`; a loaded model computes without.
     forward = model.__dict__.pop("forward", None)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            logits = (
-                model(input_ids=ids, pixel_values=pixels.to(device), use_cache=False).logits[0, -2:].float()
-            )
+            logits = model.probe_logits(**inputs).float()
     finally:
         if forward is not None:
-            model.forward = forward  # type: ignore[method-assign]
+            model.forward = forward
         model.train(training)
-    step = max(1, vocab // 16)
+    step = max(1, logits.shape[-1] // 16)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "logits": logits[:, ::step][:, :16].cpu().tolist(),
     }
 
 
-def check_probe(model: MllmForConditionalGeneration, saved: Mapping[str, Any], path: Path) -> None:
+def check_probe(model: PartedModel, saved: Mapping[str, Any], path: Path) -> None:
     """Raise unless the loaded model computes what the saved one did, up to the coarser dtype's rounding."""
     found = probe(model)
     before, now = torch.tensor(saved["logits"]), torch.tensor(found["logits"])

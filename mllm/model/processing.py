@@ -6,7 +6,7 @@ The same object prepares training, evaluation, chat and export, and is saved wit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,29 +16,36 @@ from PIL import Image
 from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
-from mllm.data.images import load_image
-from mllm.data.schema import Message, check_roles, images_of
+from mllm.data.images import image_size, load_image
+from mllm.data.schema import Message, check_roles, images_of, message_text
 from mllm.data.templates import IMAGE, Piece, chat_template, render
-from mllm.data.tokens import IGNORE, PieceTokenizer, expand_images
+from mllm.data.tokens import IGNORE, PieceTokenizer, expand_images, pad_rows
 from mllm.errors import ConfigError, DataError
+from mllm.model.anyres import AnyRes, build_tiling
+from mllm.model.instructions import InstructionTokenizer
 
 AspectRatio = Literal["square", "pad"]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as token ids, before any image is read.
+    """One conversation as token ids, before any image is preprocessed.
 
     Attributes:
-        input_ids: S ids, `num_image_tokens` placeholders an image.
-        labels: S labels, -100 where nothing is supervised.
+        input_ids: S ids, the placeholders of images included.
+        labels: S labels, -100 where nothing is supervised; for an encoder-decoder language model, the T
+            tokens of the last answer, which are then not among the ids.
         images: paths or PIL images, in the order of their placeholders.
+        image_tokens: placeholders of each image.
+        instructions: for each image, the text of the message that it stands in.
         dropped_turns: messages removed from the end so that the row fits.
     """
 
     input_ids: list[int]
     labels: list[int]
     images: list[Any]
+    image_tokens: list[int]
+    instructions: list[str]
     dropped_turns: int = 0
 
 
@@ -49,12 +56,15 @@ class MllmProcessor(ProcessorMixin):
         image_processor: any Hugging Face image processor.
         tokenizer: any Hugging Face tokenizer; an image marker is added to it, no model is resized.
         chat_template: Jinja template (see `mllm.data.templates`).
-        num_image_tokens: M, soft tokens an image, as the connector says.
+        num_image_tokens: M, soft tokens an image, or a view of it with tiling, as the connector says.
         vocab_size: rows of the language model's embedding; ids beyond it are refused.
         image_aspect_ratio: `square` leaves the picture to the image processor (LLaVA-1.5 stage 1: resize
             and centre crop); `pad` first pads to a square with the mean colour (LLaVA-1.5 stage 2).
         content_parts: whether the template takes lists of content parts (else one string a message).
         end_token: end of an answer; None means the tokenizer's end-of-sequence token.
+        tiling: `{"type": "anyres", ...}`, see `mllm.model.anyres`; None is one view an image.
+        high_res_size: side at which images are given once more, to a fusion with an encoder of its own.
+        encoder_decoder: whether the prompt goes to an encoder and the answer to a decoder.
     """
 
     def __init__(
@@ -67,6 +77,9 @@ class MllmProcessor(ProcessorMixin):
         image_aspect_ratio: AspectRatio = "square",
         content_parts: bool = True,
         end_token: str | None = None,
+        tiling: dict[str, Any] | None = None,
+        high_res_size: int | None = None,
+        encoder_decoder: bool = False,
         **kwargs: Any,
     ):
         if image_aspect_ratio not in ("square", "pad"):
@@ -76,6 +89,10 @@ class MllmProcessor(ProcessorMixin):
         self.image_aspect_ratio = image_aspect_ratio
         self.content_parts = content_parts
         self.end_token = end_token
+        self.tiling = tiling
+        self.high_res_size = high_res_size
+        self.encoder_decoder = encoder_decoder
+        self.instruction_tokenizer: InstructionTokenizer | None = None
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         # Where it is there but not special, an image that a user types would be parsed as one.
         known = tokenizer.added_tokens_decoder.values()
@@ -88,6 +105,19 @@ class MllmProcessor(ProcessorMixin):
             tokenizer.init_kwargs.setdefault("legacy", tokenizer.legacy)
         self.image_token = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Write everything, the instruction tokenizer included."""
+        if self.instruction_tokenizer is not None:
+            self.instruction_tokenizer.save(Path(save_directory))
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read everything, the instruction tokenizer included."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor.instruction_tokenizer = InstructionTokenizer.load(Path(pretrained_model_name_or_path))
+        return processor
 
     # -- the template -------------------------------------------------------------------------------
 
@@ -131,6 +161,13 @@ class MllmProcessor(ProcessorMixin):
         ids = [self.tokenizer.convert_tokens_to_ids(token) for token in tokens if token]
         return list(dict.fromkeys(ids))
 
+    @property
+    def closing(self) -> list[int]:
+        """What the tokenizer puts behind each text of an encoder (T5's `</s>`), prompts being texts here."""
+        eos = self.tokenizer.eos_token_id
+        closes = self.encoder_decoder and self.tokenizer("a")["input_ids"][-1] == eos
+        return [eos] if closes else []
+
     @cached_property
     def piece_tokenizer(self) -> PieceTokenizer:
         """The tokenizer of pieces, with what it found out about spaces."""
@@ -159,7 +196,7 @@ class MllmProcessor(ProcessorMixin):
     # -- token ids ----------------------------------------------------------------------------------
 
     def encode(self, messages: Sequence[Message], open_answer: bool = False) -> Encoded:
-        """Token ids and labels of one conversation; no image is read.
+        """Token ids and labels of one conversation; of images only the sizes are read, and only with tiling.
 
         Args:
             messages: canonical messages; with `open_answer` the last one is the user's.
@@ -172,14 +209,31 @@ class MllmProcessor(ProcessorMixin):
         if open_answer != (messages[-1]["role"] == "user"):
             wanted = "a 'user'" if open_answer else "an 'assistant'"
             raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")
-        ids, labels = self.piece_tokenizer(self.pieces(messages, open_answer))
+        pieces = self.pieces(messages, open_answer)
+        ids, labels = self.piece_tokenizer(pieces)
         images = images_of(messages)
         markers = ids.count(self.image_token_id)
         if markers != len(images):
             raise DataError(f"the chat template renders {markers} image markers for {len(images)} images")
         self._check_vocabulary(ids)
-        ids, labels = expand_images(ids, labels, self.image_token_id, self.num_image_tokens)
-        return Encoded(ids, labels, images)
+        counts = self.image_tokens(images)
+        ids, labels = expand_images(ids, labels, self.image_token_id, counts)
+        if self.encoder_decoder:
+            ids, labels = self._for_encoder(ids, labels, [] if open_answer else pieces)
+        instructions = [message_text(m) for m in messages for _ in images_of([m])]
+        return Encoded(ids, labels, images, counts, instructions)
+
+    def _for_encoder(
+        self, ids: list[int], labels: list[int], pieces: Sequence[Piece]
+    ) -> tuple[list[int], list[int]]:
+        """(ids for the encoder, last answer for the decoder), each ended as the model knows it."""
+        last = max((i for i, piece in enumerate(pieces) if piece.source == "answer"), default=len(pieces))
+        tail = self.piece_tokenizer(pieces)[0][len(self.piece_tokenizer(pieces[:last])[0]) :]
+        prompt = len(ids) - len(tail)  # no image stands behind the last answer
+        answer = [label for label in labels[prompt:] if label != IGNORE]
+        if pieces and answer[-1:] not in [[end] for end in self.end_token_ids]:
+            answer.append(self.tokenizer.eos_token_id)
+        return ids[:prompt] + self.closing, answer
 
     def encode_to_fit(self, messages: Sequence[Message], max_length: int | None) -> Encoded:
         """`encode`, removing whole trailing rounds (user and assistant) until the row fits.
@@ -192,11 +246,12 @@ class MllmProcessor(ProcessorMixin):
         first = 3 if kept[0]["role"] == "system" else 2
         while True:
             row = self.encode(kept)
-            if max_length is None or len(row.input_ids) <= max_length:
-                return Encoded(row.input_ids, row.labels, row.images, len(messages) - len(kept))
+            length = len(row.input_ids) + (len(row.labels) if self.encoder_decoder else 0)
+            if max_length is None or length <= max_length:
+                return replace(row, dropped_turns=len(messages) - len(kept))
             if len(kept) <= first:
                 raise DataError(
-                    f"the first round needs {len(row.input_ids)} tokens and max_length is {max_length}; "
+                    f"the first round needs {length} tokens and max_length is {max_length}; "
                     "raise data.max_length or remove the row"
                 )
             kept = kept[:-2]
@@ -210,18 +265,66 @@ class MllmProcessor(ProcessorMixin):
                 "use the tokenizer that belongs to the language model"
             )
 
+    # -- tiles --------------------------------------------------------------------------------------
+
+    def set_tiling(self, settings: dict[str, Any]) -> None:
+        """Tile images from now on."""
+        self.tiling, self.image_aspect_ratio = dict(settings), "square"
+        self.__dict__.pop("tiles", None)
+
+    @cached_property
+    def tiles(self) -> AnyRes | None:
+        """How images are cut into tiles, if they are."""
+        if self.tiling is None:
+            return None
+        if self.image_aspect_ratio == "pad":
+            raise ConfigError("tiling pads images itself; leave image_aspect_ratio out")
+        view = self.image_processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
+        return build_tiling(self.tiling, view.shape[1:], self.num_image_tokens)
+
+    def image_tokens(self, images: Sequence[Any]) -> list[int]:
+        """Placeholders that each image takes; with tiling they depend on its size."""
+        if self.tiles is None:
+            return [self.num_image_tokens] * len(images)
+        return [self.tiles.num_tokens(image_size(image)) for image in images]
+
     # -- pixels -------------------------------------------------------------------------------------
 
     def pixels(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
         """Read and preprocess images.
 
         Returns:
-            Tensor [I, C, H, W], float32, normalised as the vision encoder expects.
+            Tensor [I, C, H, W], float32, normalised as the vision encoder expects; with tiling [T, C, H, W],
+            the views of all images.
         """
-        pictures = [load_image(image) for image in images]
+        return self._pixels([load_image(image) for image in images])
+
+    def _pixels(self, pictures: list[Image.Image], **options: Any) -> torch.Tensor:
+        if self.tiles is not None:
+            views = [view for picture in pictures for view in self.tiles.views(picture)]
+            # They have the encoder's size: resized and cropped once more (as for DINOv2) they lose edges.
+            options = {"do_resize": False, "do_center_crop": False}
+            return self.image_processor(images=views, return_tensors="pt", **options)["pixel_values"]
         if self.image_aspect_ratio == "pad":
             pictures = [pad_to_square(picture, self.mean_colour) for picture in pictures]
-        return self.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
+
+    def image_inputs(self, images: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """All that the model's `forward` takes of images, in tensors to be joined along their first axis."""
+        pictures = [load_image(image) for image in images]
+        inputs = {"pixel_values": self._pixels(pictures)}
+        if self.tiles is not None:
+            inputs["image_sizes"] = torch.tensor([[picture.height, picture.width] for picture in pictures])
+        if self.high_res_size is not None:
+            side = self.high_res_size
+            larger = {"size": dict.fromkeys(dict(self.image_processor.size), side)}  # shortest edge, or both
+            crop = {"crop_size": {"height": side, "width": side}}
+            inputs["pixel_values_high"] = self._pixels(pictures, **larger, **crop)
+        return inputs
+
+    def instruction_inputs(self, instructions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """All that it takes of the instructions; nothing unless the connector reads them."""
+        return self.instruction_tokenizer(instructions) if self.instruction_tokenizer and instructions else {}
 
     @property
     def mean_colour(self) -> tuple[int, ...]:
@@ -250,28 +353,38 @@ class MllmProcessor(ProcessorMixin):
         """
         if conversations is not None:
             rows = [self.encode(messages, open_answer=True) for messages in conversations]
-            return self.pad([row.input_ids for row in rows], [image for row in rows for image in row.images])
+            return self.pad(
+                [row.input_ids for row in rows],
+                [image for row in rows for image in row.images],
+                [text for row in rows for text in row.instructions],
+            )
         prompts = [text] if isinstance(text, str) else list(text or [])
-        ids = [self.piece_tokenizer([Piece(prompt, "template", False)])[0] for prompt in prompts]
-        ids = [expand_images(i, i, self.image_token_id, self.num_image_tokens)[0] for i in ids]
+        ids = [self.piece_tokenizer([Piece(p, "template", False)])[0] + self.closing for p in prompts]
         flat = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         flat = [image for group in flat for image in (group if isinstance(group, (list, tuple)) else [group])]
-        return self.pad(ids, flat)
+        markers = sum(row.count(self.image_token_id) for row in ids)
+        if markers != len(flat):
+            raise DataError(f"the text has {markers} image markers for {len(flat)} images")
+        counts = iter(self.image_tokens(flat))
+        ids = [expand_images(i, i, self.image_token_id, counts)[0] for i in ids]
+        marked = [p for prompt in prompts for p in [prompt.replace(IMAGE, "").strip()] * prompt.count(IMAGE)]
+        return self.pad(ids, flat, marked)
 
-    def pad(self, ids: Sequence[Sequence[int]], images: Sequence[Any]) -> BatchFeature:
-        """Left-pad rows of ids and read their images."""
+    def pad(
+        self, ids: Sequence[Sequence[int]], images: Sequence[Any], instructions: Sequence[str] = ()
+    ) -> BatchFeature:
+        """Pad rows of ids on the left, those of an encoder on the right, and read their images."""
         if not ids or not all(ids):
             raise DataError(
                 "a prompt has no tokens" if ids else "a batch needs at least one conversation, found none"
             )
-        width = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id
+        left = not self.encoder_decoder
         batch = {
-            "input_ids": torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids]),
-            "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+            "input_ids": pad_rows(ids, self.tokenizer.pad_token_id, left),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, left),
         }
         if images:
-            batch["pixel_values"] = self.pixels(images)
+            batch |= self.image_inputs(images) | self.instruction_inputs(instructions)
         return BatchFeature(batch)
 
 

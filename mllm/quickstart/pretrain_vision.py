@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from mllm.model.pretraining.contrastive import contrastive_loss
 from mllm.quickstart.corpus import PATCH
 from mllm.quickstart.drawing import render
 from mllm.quickstart.wording import PLACES, SETTINGS, place_of
@@ -123,10 +124,7 @@ def train_vision(
         phrases, member = _phrases(_captions([scenes[i] for i in chosen], rng))
         patches = nn.functional.normalize(head(patches), dim=-1)
         scores = scale.exp() * late_interaction(patches, tower(phrases), member)
-        target = torch.arange(batch_size)
-        to_text = nn.functional.cross_entropy(scores, target)
-        to_image = nn.functional.cross_entropy(scores[:, :batch_size].T, target)
-        loss = (to_text + to_image) / 2
+        loss = contrastive_loss(scores, scores[:, :batch_size].T)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

@@ -1,1 +1,1 @@
-"""Both training stages."""
+"""The training stages."""

@@ -40,7 +40,11 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps,
         lr_scheduler_type=options.lr_scheduler_type,
-        warmup_steps=options.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_kwargs=options.lr_scheduler_kwargs,
+        # Below 1 it is a share of all steps.
+        warmup_steps=options.warmup_ratio if options.warmup_steps is None else options.warmup_steps,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         bf16=options.bf16,
@@ -54,6 +58,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         logging_nan_inf_filter=False,  # the filter hides exactly what must be seen
         seed=options.seed,
         dataloader_num_workers=options.num_workers,
+        dataloader_drop_last=config.on_pairs,  # every rank needs negatives, and equally many
         deepspeed=options.deepspeed,
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
@@ -64,7 +69,7 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
 
 def run_record(config: RunConfig, rows: int) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that made it."""
-    files = [{"path": path, "sha256": sha256_of(Path(path))} for path in config.data.paths]
+    files = [{"path": s.path, "sha256": sha256_of(Path(s.path))} for s in config.data.sources]
     return {
         "stage": config.stage,
         "tune": config.tune.model_dump(),

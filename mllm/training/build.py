@@ -1,4 +1,4 @@
-"""A recipe's `model` section -> model and processor, new or from an earlier stage."""
+"""A recipe's sections -> model and processor, new or from an earlier stage, and its rows."""
 
 from __future__ import annotations
 
@@ -6,26 +6,42 @@ from typing import Any
 
 import torch
 
-from mllm.config import ModelSection
+from mllm.config import DataSection, ModelSection, TuneSection
+from mllm.data.mixture import Mixture
+from mllm.data.rows import open_rows
 from mllm.errors import CheckpointError
 from mllm.model.checkpoint import has_manifest, load, manifest_hash, origin_of
-from mllm.model.compose import compose, describe, set_generation_defaults
+from mllm.model.compose import change_resolution, compose, describe, set_generation_defaults
+from mllm.model.configuration import MllmConfig
 from mllm.model.modeling import MllmForConditionalGeneration
-from mllm.model.parts import load_named, load_vision_config
+from mllm.model.parts import load_config, load_vision_config
 from mllm.model.processing import MllmProcessor
+from mllm.model.transplant import take_connector
 
 
-def build(section: ModelSection) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
-    """The model and processor that a recipe describes."""
+def build(
+    section: ModelSection, tune: TuneSection | None = None
+) -> tuple[MllmForConditionalGeneration, MllmProcessor]:
+    """The model and processor that a recipe describes; `tune` says whether to load in 4 bit."""
     dtype = getattr(torch, section.dtype)
+    quantization = "nf4" if tune is not None and tune.language_model == "qlora" else None
     if section.init_from is None:
         attention = section.attn_implementation
-        return compose(**_parts(section), dtype=dtype, attn_implementation=attention)
-    model, processor = load(section.init_from, dtype=dtype)
+        model, processor = compose(
+            **_parts(section), dtype=dtype, attn_implementation=attention, quantization=quantization
+        )
+        if section.connector_from:
+            take_connector(model, section.connector_from)
+        return model, processor
+    model, processor = load(section.init_from, dtype=dtype, quantization=quantization)
     if section.attn_implementation:
         model.language_model.set_attn_implementation(section.attn_implementation)
     origin_of(model).parent = {"path": section.init_from, "manifest": manifest_hash(section.init_from)}
+    if section.image_processor:
+        change_resolution(model.config, processor, section.image_processor)
     _restyle(processor, section)
+    if section.tiling:
+        model.set_tiling(section.tiling)
     set_generation_defaults(model, processor)
     return model, processor
 
@@ -33,19 +49,32 @@ def build(section: ModelSection) -> tuple[MllmForConditionalGeneration, MllmProc
 def build_processor(section: ModelSection) -> MllmProcessor:
     """The processor alone, without reading any weights (to look at data)."""
     if section.init_from is None:
-        from transformers import AutoConfig
-
         parts = _parts(section)
-        vision = load_vision_config(parts.pop("vision_encoder"))
-        text = load_named(AutoConfig, parts.pop("language_model"), "language_model")
+        vision = load_vision_config(parts.pop("vision_encoder"), section.vision_feature_layer)
+        text = load_config(parts.pop("language_model"), "language_model")
         return describe(vision, text, parts.pop("connector"), **parts)[1]
     if not has_manifest(section.init_from):
         raise CheckpointError(
             f"model.init_from: {section.init_from!r} is no checkpoint; train that stage first"
         )
     processor = MllmProcessor.from_pretrained(section.init_from)
+    if section.image_processor:
+        config = MllmConfig.from_pretrained(section.init_from)
+        change_resolution(config, processor, section.image_processor)
     _restyle(processor, section)
     return processor
+
+
+def open_mixture(section: DataSection, seed: int) -> Mixture:
+    """The rows of a recipe's `data` section; of one data set, or of several."""
+    sources = section.sources
+    return Mixture(
+        [open_rows(source.path, source.format or "auto", source.image_root) for source in sources],  # type: ignore[misc]
+        [source.path for source in sources],
+        section.mixing,
+        [source.weight for source in sources],
+        seed,
+    )
 
 
 def _parts(section: ModelSection) -> dict[str, Any]:
@@ -59,6 +88,11 @@ def _parts(section: ModelSection) -> dict[str, Any]:
         "vision_feature_layer": section.vision_feature_layer,
         "vision_feature_select": section.vision_feature_select,
         "image_aspect_ratio": section.image_aspect_ratio or "square",
+        "fusion": section.fusion,
+        "tiling": section.tiling,
+        "instruction_tokenizer": section.instruction_tokenizer,
+        "added_tokens": section.added_tokens,
+        "attention": section.attention,
     }
 
 
@@ -66,5 +100,7 @@ def _restyle(processor: MllmProcessor, section: ModelSection) -> None:
     """Lay this stage's template and image handling over those of the stage before."""
     if section.template:
         processor.set_template(section.template)
+    if section.tiling:
+        processor.set_tiling(section.tiling)
     if section.image_aspect_ratio:
         processor.image_aspect_ratio = section.image_aspect_ratio

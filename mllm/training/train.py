@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
-from mllm.data.rows import open_rows
-from mllm.data.schema import Row
-from mllm.model.modeling import PARTS
+from mllm.data.pairs import PairCollator
 from mllm.training.arguments import check_deepspeed, run_record, training_arguments
-from mllm.training.build import build
+from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
+from mllm.training.pretraining import build_pretraining
 from mllm.training.resume import last_checkpoint
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, tuning_table, upcast_trained
@@ -42,21 +41,23 @@ def train(
     options = config.train
     check_deepspeed(options)
     torch.manual_seed(options.seed)  # the connector's first weights
-    rows: ConcatDataset[Row] = ConcatDataset(
-        [open_rows(path, config.data.format, config.data.image_root) for path in config.data.paths]  # type: ignore[misc]
-    )
+    rows = open_mixture(config.data, options.seed)
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.
-    model, processor = build(config.model)
+    model: Any
+    processor: Any
+    model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
+    collator = PairCollator(processor) if config.on_pairs else Collator(processor, config.data.max_length)
     reports = apply_tuning(model, config.tune)
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
         upcast_trained(model, config.tune)
-    rates = {part: options.learning_rates.get(part, options.learning_rate) for part in PARTS}  # type: ignore[call-overload]
+    own: Mapping[str, float] = options.learning_rates  # type: ignore[assignment]
+    rates = {part: own.get(part, options.learning_rate) for part, _ in model.named_parts()}
     trainer = MllmTrainer(
         model=model,
         args=training_arguments(config),
         train_dataset=rows,
-        data_collator=Collator(processor, config.data.max_length),
+        data_collator=collator,
         processor=processor,
         rates=rates,
         record=run_record(config, len(rows)),
@@ -68,6 +69,8 @@ def train(
     if trainer.is_world_process_zero():
         console = Console(stderr=True)
         console.print(f"[bold]{config.stage}[/]: {len(rows):,} rows -> {options.output_dir}")
+        for name, count, share in rows.report() if len(rows.names) > 1 else ():
+            console.print(f"  {name}: {count:,} rows, {share:.1%}")
         console.print(tuning_table(reports, rates))
     trainer.train(resume_from_checkpoint=last_checkpoint(options.output_dir, options.resume))
     trainer.save_model()

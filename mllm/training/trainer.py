@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from mllm.errors import MllmError
 from mllm.model.checkpoint import part_of, restore, save
-from mllm.model.modeling import MllmForConditionalGeneration
+from mllm.model.parted import PartedModel
 from mllm.model.probe import probe
-from mllm.model.processing import MllmProcessor
 
 
 class TrainingStoppedError(MllmError):
@@ -38,7 +37,7 @@ class MllmTrainer(Trainer):
     def __init__(
         self,
         *,
-        processor: MllmProcessor,
+        processor: ProcessorMixin,
         rates: Mapping[str, float],
         record: Mapping[str, Any],
         **kwargs: Any,
@@ -49,6 +48,7 @@ class MllmTrainer(Trainer):
         self.record = record
         self.row_ids: list[str] = []
         self.dropped_turns = 0
+        self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
         self.probe: dict[str, Any] = {}
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -79,17 +79,22 @@ class MllmTrainer(Trainer):
         """
         self.row_ids = inputs.pop("row_ids", [])
         self.dropped_turns += inputs.pop("dropped_turns", 0)
-        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name, value in (outputs.get("losses") or {}).items():
+            self.losses.setdefault(name, []).append(value.detach())
         if not torch.isfinite(loss):
             raise TrainingStoppedError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} on rows "
                 f"{', '.join(self.row_ids)}; lower the learning rate, or train in bf16 or float32"
             )
-        return result
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the rate of each part beside the first group's."""
+        """Log, with the terms of the loss, and with the rate of each part beside the first group's."""
+        if "loss" in logs:
+            for name, values in self.losses.items():
+                logs[f"loss/{name}"] = self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
+            self.losses.clear()
         if "learning_rate" in logs and self.optimizer is not None:
             for group in (group for group in self.optimizer.param_groups if "part" in group):
                 logs[f"learning_rate/{group['part']}"] = group["lr"]
@@ -116,7 +121,7 @@ class MllmTrainer(Trainer):
             probed=self.probe,
         )
 
-    def _plain_model(self) -> MllmForConditionalGeneration:
+    def _plain_model(self) -> PartedModel:
         return self.accelerator.unwrap_model(self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.data.images import MAX_PIXELS, load_image
+from mllm.data.images import MAX_PIXELS, image_size, load_image
 from mllm.errors import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -134,10 +134,23 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     assert image.getpixel(blue) == BLUE
 
 
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_the_size_is_that_of_the_loaded_image(tmp_path: Path, orientation: int, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    noise().crop((0, 0, 30, 20)).save(path, exif=exif)
+    for source in (path, Image.open(path)):
+        assert image_size(source) == load_image(source).size[::-1]
+    with pytest.raises(DataError, match=r"^f:1: image .* does not exist"):
+        image_size(tmp_path / "b.jpg", "f:1")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow says that the EXIF data are corrupt
 def test_broken_exif_counts_as_upright(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.jpg", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff")
-    assert load_image(tmp_path / "a.jpg").size == (64, 64)
+    assert load_image(tmp_path / "a.jpg").size == (64, 64) == image_size(tmp_path / "a.jpg")
 
 
 def test_animation_gives_its_first_frame(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ from mllm.model import MllmProcessor
 PICTURE = make_picture(size=(8, 8))
 # What the template writes between an answer and its end token.
 TAIL = {"plain": "\n", "llava_llama_2": " ", "mistral_instruct": " "}
+# Templates in which an image has to stand between two answers, or nothing might; those without a system text.
+NEEDS_IMAGES = ("plain", "caption", "bare")
+NO_SYSTEM = (*NEEDS_IMAGES, "question_answer", "minigpt_v2", "cogvlm")
 # Texts that break templates, masks and tokenizers; every style's own special tokens are among them.
 HOSTILE = [
     *("</s>", "<s>", "<image>", "<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|end_of_text|>"),
@@ -43,16 +46,16 @@ TEXTS = st.lists(st.sampled_from(HOSTILE) | st.text(CHARACTERS, max_size=5), max
 
 @st.composite
 def conversations(draw: Any, template: str) -> list[Message]:
-    """1-20 turns with 0-4 images anywhere in the user's messages; `plain` needs one in each."""
+    """1-20 turns with 0-4 images anywhere in the user's messages, or in each."""
     turns = draw(st.integers(1, 3) | st.integers(1, 20))
     contents = [[text_part(text)] for text in draw(st.lists(TEXTS, min_size=turns, max_size=turns))]
-    places = list(range(turns)) if template == "plain" else []
+    places = list(range(turns)) if template in NEEDS_IMAGES else []
     for turn in [*places, *draw(st.lists(st.integers(0, turns - 1), max_size=4))]:
         parts = contents[turn]
         at = draw(st.integers(0, len(parts)))
         parts[at:at] = [image_part(PICTURE), text_part(draw(TEXTS))]
     messages: list[Message] = []
-    if template != "plain" and draw(st.booleans()):
+    if template not in NO_SYSTEM and draw(st.booleans()):
         messages.append({"role": "system", "content": [text_part(draw(TEXTS))]})
     for parts in contents:
         messages += [{"role": "user", "content": parts}, assistant(draw(TEXTS))]
@@ -138,7 +141,7 @@ def test_every_hostile_text_as_question_and_as_answer(style: str, template: str)
     for start in range(0, len(HOSTILE), 12):
         messages: list[Message] = []
         for i, text in enumerate(["", *HOSTILE[start : start + 12]]):
-            images = [PICTURE] if template == "plain" or i in (0, 3) else []
+            images = [PICTURE] if template in NEEDS_IMAGES or i in (0, 3) else []
             messages += [user(text, *images), assistant(text)]
         check_labels(style, template, messages)
 

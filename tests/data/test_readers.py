@@ -505,7 +505,7 @@ def test_coco_captions(tmp_path: Path, indent: int | None) -> None:
         (coco([([], "x")]), "annotations[0].image_id [] is not in 'images'; add that image"),
         (
             {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]},
-            "annotations[0] has no 'caption'; give a captions file, not instances",
+            "annotations[0] has no 'caption'; give a captions file, or read instances as coco_boxes",
         ),
         ({"images": [{"id": 1}], "annotations": []}, "images[0] must have an 'id' and a 'file_name'"),
         ({"images": {}, "annotations": []}, "field 'images' must be a list"),

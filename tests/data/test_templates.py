@@ -236,7 +236,7 @@ def test_unknown_template_lists_the_names() -> None:
 def test_tokenizer_without_a_template_names_those_there_are() -> None:
     processor = build_processor("bpe", "vicuna_v1")
     processor.tokenizer.chat_template = None
-    with pytest.raises(ConfigError, match="this tokenizer has none; use plain, vicuna_v1"):
+    with pytest.raises(ConfigError, match="this tokenizer has none; use plain, caption, bare"):
         processor.set_template("tokenizer")
 
 

@@ -496,12 +496,6 @@ def test_inputs_that_hide_the_image_are_refused(llava):
         generate(llava, inputs, "vcd", max_new_tokens=0)
 
 
-def test_encoder_decoder_models_are_refused(llava, monkeypatch):
-    monkeypatch.setattr(llava.config, "is_encoder_decoder", True)
-    with pytest.raises(ConfigError, match="encoder-decoder"):
-        generate(llava, batch(llava, prompts(1)), "vcd")
-
-
 # ---------------------------------------------------------------- noise
 
 

@@ -27,8 +27,8 @@ import mllm
 from mllm.config import TuneSection
 from mllm.errors import CheckpointError
 from mllm.model import MllmProcessor
+from mllm.model.adapters import is_adapter, merge_adapters
 from mllm.model.checkpoint import MANIFEST, manifest_hash, save
-from mllm.model.lora import is_adapter, merge_lora
 from mllm.model.probe import check_probe, probe
 from mllm.training.build import build
 from mllm.training.train import train
@@ -458,7 +458,7 @@ def test_the_adapter_folder_is_pefts(run_of: Callable[[str], Run], world: Path, 
 def test_merged_is_unmerged(run_of: Callable[[str], Run], tmp_path: Path, name: str) -> None:
     model, processor = mllm.load(run_of(name).output)
     want = logits_of(model, processor)
-    merge_lora(model)
+    merge_adapters(model)
     assert not any(is_adapter(n) for n, _ in model.named_parameters())
     assert not hasattr(model, "peft_config")
     torch.testing.assert_close(logits_of(model, processor), want, atol=1e-5, rtol=1e-5)

@@ -27,7 +27,10 @@ from mllm.model.connectors import CONNECTORS
 from mllm.model.vision_encoder import patch_features
 
 STEPS = 5
-CASES = [(v, c, t) for v in VISION_CONFIGS for c in CONNECTORS for t in TEXT_CONFIGS]
+CAUSAL = [name for name in TEXT_CONFIGS if name != "t5"]
+# Every encoder with every language model over one connector, and every connector with two of each.
+CASES = [(v, c, t) for v in VISION_CONFIGS for c in ("linear", "mlp") for t in CAUSAL]
+CASES += [(v, c, t) for v, t in (("clip", "llama"), ("siglip", "opt")) for c in list(CONNECTORS)[2:]]
 Composed = tuple[MllmForConditionalGeneration, MllmProcessor]
 
 
@@ -61,7 +64,7 @@ def logits_of(model: MllmForConditionalGeneration, processor: MllmProcessor) -> 
 
 
 def test_the_matrix_is_the_one_promised() -> None:
-    assert len(CASES) == 36
+    assert (len(CASES), len(CONNECTORS)) == (36 + 14, 9)
 
 
 def test_cached_generation_is_uncached_generation(composed: Composed) -> None:
@@ -239,7 +242,7 @@ def test_a_wrong_number_of_placeholders_raises(change: int, problem: str) -> Non
     else:
         first = (ids[0] == token.item()).nonzero()[0].item()
         ids = torch.cat([ids[:, :first], ids[:, first + 1 :]], dim=1)
-    with pytest.raises(ValueError, match=f"{problem} for 2 images of 16"):
+    with pytest.raises(ValueError, match=f"{problem} for 2 images"):
         model(input_ids=ids, pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="placeholders, but no pixel_values"):
         model(input_ids=ids)

@@ -211,7 +211,7 @@ def test_an_unknown_aspect_ratio_is_refused() -> None:
 
 
 def test_an_unknown_template_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown template 'vicuna'; use plain, vicuna_v1"):
+    with pytest.raises(ConfigError, match="unknown template 'vicuna'; use plain, caption, bare"):
         make_processor("vicuna")
 
 

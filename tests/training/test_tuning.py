@@ -13,10 +13,11 @@ from runs import make_rows, tune
 from mllm.config import TuneSection
 from mllm.data.collator import Collator
 from mllm.errors import ConfigError
-from mllm.model import PARTS, MllmForConditionalGeneration, MllmProcessor
-from mllm.model.lora import is_adapter
+from mllm.model import MllmForConditionalGeneration, MllmProcessor
+from mllm.model.adapters import is_adapter
 from mllm.training.tuning import PartReport, apply_tuning, tuning_table, upcast_trained
 
+PARTS = ("vision_encoder", "connector", "language_model")
 COMBINATIONS = [c for c in product(("frozen", "full", "lora"), repeat=3) if set(c) != {"frozen"}]
 WITH_CHECKPOINTING = [
     ("frozen", "full", "frozen"),
@@ -206,7 +207,7 @@ def test_the_table_lists_every_part() -> None:
     rates = {"vision_encoder": 2e-6, "connector": 1e-3, "language_model": 2e-4}
     Console(file=screen, width=140).print(tuning_table(reports, rates))
     lines = {part: next(x for x in screen.getvalue().splitlines() if part in x) for part in PARTS}
-    assert "full (8,608 lie behind the feature layer)" in lines["vision_encoder"]
+    assert "full (8,608 the loss does not reach)" in lines["vision_encoder"]
     assert "2e-06" in lines["vision_encoder"]
     assert "frozen" in lines["connector"]
     assert "0.001" not in lines["connector"], "a frozen part has no learning rate"

@@ -6,13 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from mllm.errors import ConfigError
-from mllm.model.connectors.base import Connector
+from mllm.model.connectors.base import Connector, check_positive
+from mllm.model.connectors.concat_linear import ConcatLinearConnector
+from mllm.model.connectors.glu import GluConnector
 from mllm.model.connectors.linear import LinearConnector
+from mllm.model.connectors.mapping_network import MappingNetworkConnector
 from mllm.model.connectors.mlp import MlpConnector
+from mllm.model.connectors.pixel_shuffle import PixelShuffleConnector
+from mllm.model.connectors.qformer import InstructQFormerConnector, QFormerConnector
+from mllm.model.connectors.resampler import ResamplerConnector
 
 CONNECTORS: dict[str, type[Connector]] = {
     "linear": LinearConnector,
     "mlp": MlpConnector,
+    "resampler": ResamplerConnector,
+    "pixel_shuffle": PixelShuffleConnector,
+    "concat_linear": ConcatLinearConnector,
+    "mapping_network": MappingNetworkConnector,
+    "glu": GluConnector,
+    "qformer": QFormerConnector,
+    "instruct_qformer": InstructQFormerConnector,
 }
 
 
@@ -26,6 +39,7 @@ def build_connector(settings: Mapping[str, Any], vision_dim: int, text_dim: int)
     kind = arguments.pop("type", None)
     if kind not in CONNECTORS:
         raise ConfigError(f"unknown connector type {kind!r}; use one of {', '.join(CONNECTORS)}")
+    check_positive(vision_dim=vision_dim, text_dim=text_dim)
     try:
         return CONNECTORS[kind](vision_dim, text_dim, **arguments)
     except TypeError as error:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mllm.model.connectors.base import Connector
+from mllm.model.connectors.base import Connector, Text
 
 
 class LinearConnector(Connector):
@@ -18,12 +17,13 @@ class LinearConnector(Connector):
 
     def __init__(self, vision_dim: int, text_dim: int):
         super().__init__()
+        self.out_dim = text_dim
         self.proj = nn.Linear(vision_dim, text_dim)
 
     def num_tokens(self, num_patches: int) -> int:
         """One soft token a patch."""
         return num_patches
 
-    def forward(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: Tensor, text: Text = None, text_mask: Text = None) -> Tensor:
         """[I, N, Dv] -> [I, N, Dt]."""
         return self.proj(features)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mllm.errors import ConfigError
-from mllm.model.connectors.base import Connector
+from mllm.model.connectors.base import Connector, Text
 
 
 class MlpConnector(Connector):
@@ -20,6 +19,7 @@ class MlpConnector(Connector):
 
     def __init__(self, vision_dim: int, text_dim: int, depth: int = 2):
         super().__init__()
+        self.out_dim = text_dim
         if depth < 2:
             raise ConfigError(f"connector 'mlp' needs depth >= 2, found {depth}; use 'linear' for one layer")
         layers: list[nn.Module] = [nn.Linear(vision_dim, text_dim)]
@@ -31,6 +31,6 @@ class MlpConnector(Connector):
         """One soft token a patch."""
         return num_patches
 
-    def forward(self, features: torch.Tensor, text: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, features: Tensor, text: Text = None, text_mask: Text = None) -> Tensor:
         """[I, N, Dv] -> [I, N, Dt]."""
         return self.layers(features)
