@@ -41,7 +41,7 @@ class PretrainingSection(Section):
 
 # What a stage may say of a model that an earlier stage has made.
 AFTER_INIT = {
-    *("init_from", "template", "image_processor", "image_aspect_ratio", "tiling", "dtype"),
+    *("init_from", "template", "image_size", "image_aspect_ratio", "tiling", "dtype"),
     "attn_implementation",
 }
 
@@ -64,6 +64,7 @@ class ModelSection(Section):
     vision_feature_select: Literal["patch", "full"] = Field("patch", description="drop or keep class tokens")
     added_tokens: list[str] = Field(default_factory=list, description="new words, such as <c{0..511}>")
     template: str | None = Field(None, description="chat template of this stage")
+    image_size: int | None = Field(None, ge=1, description="side of a picture; default: the processor's")
     image_aspect_ratio: Literal["square", "pad"] | None = Field(None, description="pad pictures to a square?")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of frozen weights")
     attention: Literal["causal", "prefix"] = Field(

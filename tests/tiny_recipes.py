@@ -30,12 +30,10 @@ VISION = {
     "openai/clip-vit-base-patch32": "clip_projected",
     "Salesforce/blip2-opt-2.7b": "blip2",
     "google/siglip-so400m-patch14-224": "siglip",
-    "google/siglip-so400m-patch14-384": "siglip",
     "google/siglip2-base-patch16-256": "siglip",
     "google/siglip-base-patch16-224": "siglip",
     "facebook/dinov2-base": "dinov2",
     "QuanSun/EVA-CLIP": "clip",
-    "configs/eva_448": "clip",
 }
 LANGUAGE = {
     "EleutherAI/gpt-j-6b": "gptj",
@@ -164,6 +162,8 @@ class TinyWorld:
 
     def _shrink_model(self, model: dict[str, Any]) -> None:
         model["dtype"] = "float32"
+        if "image_size" in model:
+            model["image_size"] = 48  # the tiny encoders have 32, in patches of 8
         for key in ("init_from", "connector_from"):
             if key in model:
                 model[key] = str(self.after(model[key]))

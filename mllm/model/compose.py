@@ -43,6 +43,7 @@ def compose(
     template: str = "vicuna_v1",
     vision_feature_layer: FeatureLayer | Sequence[FeatureLayer] = -2,
     vision_feature_select: str = "patch",
+    image_size: int | None = None,
     image_aspect_ratio: AspectRatio = "square",
     fusion: Mapping[str, Any] | None = None,
     tiling: Mapping[str, Any] | None = None,
@@ -67,6 +68,7 @@ def compose(
         vision_feature_layer: index into the hidden states (-2 as LLaVA), `last`, `pooled` or `projected`;
             see `mllm.model.vision_encoder`. Of several encoders also a list, one each.
         vision_feature_select: `patch` drops class and register tokens, `full` keeps them.
+        image_size: side of a preprocessed picture in pixels, where it is not the image processor's own.
         image_aspect_ratio: `square` or `pad`.
         fusion: deep fusion, `{"type": ..., argument: value}`; None for none. `vision_encoder` among the
             arguments names the model that an encoder of its own starts from.
@@ -92,6 +94,7 @@ def compose(
         template=template,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select=vision_feature_select,
+        image_size=image_size,
         image_aspect_ratio=image_aspect_ratio,
         fusion=fusion,
         tiling=tiling,
@@ -126,6 +129,7 @@ def describe(
     template: str = "vicuna_v1",
     vision_feature_layer: Any = -2,
     vision_feature_select: str = "patch",
+    image_size: int | None = None,
     image_aspect_ratio: AspectRatio = "square",
     fusion: Mapping[str, Any] | None = None,
     tiling: Mapping[str, Any] | None = None,
@@ -148,7 +152,7 @@ def describe(
     fusion = dict(fusion) if fusion else None
     if fusion and "vision_encoder" in fusion:
         fusion["vision_config"] = load_vision_config(fusion.pop("vision_encoder"), "last").to_dict()
-    images = load_image_processor(image_processor)
+    images = load_image_processor(image_processor, image_size)
     tokens = load_named(AutoTokenizer, tokenizer, "tokenizer")
     pixels = images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
     total, prefix, vision_dim = feature_shape(vision_config, pixels.shape[1:], vision_feature_layer)
@@ -201,8 +205,8 @@ def describe(
     return config, processor
 
 
-def change_resolution(config: MllmConfig, processor: MllmProcessor, image_processor: Any) -> None:
-    """Prepare images with another image processor from now on, of a later stage at a higher resolution.
+def change_resolution(config: MllmConfig, processor: MllmProcessor, side: int) -> None:
+    """Prepare images at another size from now on, in a later stage.
 
     The vision encoder interpolates its position embeddings, where it can (PaLI-3, arXiv 2310.09199). Both
     arguments are changed in place.
@@ -210,12 +214,12 @@ def change_resolution(config: MllmConfig, processor: MllmProcessor, image_proces
     Raises:
         ConfigError: the connector, the fusion or the tiling cannot take another number of patches.
     """
-    images = load_image_processor(image_processor)
+    images = load_image_processor(processor.image_processor, side)
     pixels = images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
     total, _, _ = feature_shape(config.vision_config, pixels.shape[1:], config.vision_feature_layer)
     num_patches = total - config.num_prefix_tokens
     if (config.fusion or config.tiling) and num_patches != config.num_patches:
-        raise ConfigError("model.image_processor: a model with fusion or tiling keeps its resolution")
+        raise ConfigError("model.image_size: a model with fusion or tiling keeps its resolution")
     with torch.device("meta"):
         connector = build_connector(config.connector, config.vision_dim, config.text_config.hidden_size)
     config.num_patches, config.pixel_shape = num_patches, list(pixels.shape[1:])

@@ -118,11 +118,16 @@ def _layers(source: Any, layer: FeatureLayer | Sequence[FeatureLayer]) -> list[F
     return list(layer)
 
 
-def load_image_processor(source: Any) -> Any:
-    """An image processor that gives [I, C, H, W]; of a list, their fusion."""
+def load_image_processor(source: Any, side: int | None = None) -> Any:
+    """An image processor that gives [I, C, H, W]; of a list, their fusion. `side` is another H and W."""
     if isinstance(source, (list, tuple)):
-        return FusedImageProcessor([load_image_processor(each) for each in source])
+        return FusedImageProcessor([load_image_processor(each, side) for each in source])
     processor = load_named(AutoImageProcessor, source, "image_processor")
+    if side is not None:
+        processor.size = dict.fromkeys(dict(processor.size), side)  # the shortest edge, or both
+        if getattr(processor, "crop_size", None):
+            processor.crop_size = {"height": side, "width": side}
+        return processor
     if not hasattr(processor, "max_num_patches"):
         return processor
     # SigLIP 2 NaFlex's own gives patches, their number up to the picture's shape. On a square picture

@@ -37,8 +37,8 @@ def build(
     if section.attn_implementation:
         model.language_model.set_attn_implementation(section.attn_implementation)
     origin_of(model).parent = {"path": section.init_from, "manifest": manifest_hash(section.init_from)}
-    if section.image_processor:
-        change_resolution(model.config, processor, section.image_processor)
+    if section.image_size:
+        change_resolution(model.config, processor, section.image_size)
     _restyle(processor, section)
     if section.tiling:
         model.set_tiling(section.tiling)
@@ -58,9 +58,8 @@ def build_processor(section: ModelSection) -> MllmProcessor:
             f"model.init_from: {section.init_from!r} is no checkpoint; train that stage first"
         )
     processor = MllmProcessor.from_pretrained(section.init_from)
-    if section.image_processor:
-        config = MllmConfig.from_pretrained(section.init_from)
-        change_resolution(config, processor, section.image_processor)
+    if section.image_size:
+        change_resolution(MllmConfig.from_pretrained(section.init_from), processor, section.image_size)
     _restyle(processor, section)
     return processor
 
@@ -87,6 +86,7 @@ def _parts(section: ModelSection) -> dict[str, Any]:
         "template": section.template or "vicuna_v1",
         "vision_feature_layer": section.vision_feature_layer,
         "vision_feature_select": section.vision_feature_select,
+        "image_size": section.image_size,
         "image_aspect_ratio": section.image_aspect_ratio or "square",
         "fusion": section.fusion,
         "tiling": section.tiling,

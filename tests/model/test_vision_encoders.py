@@ -38,6 +38,7 @@ from mllm.config import ModelSection, TuneSection
 from mllm.errors import ConfigError
 from mllm.model import MllmForConditionalGeneration, MllmProcessor
 from mllm.model.checkpoint import read_manifest, save
+from mllm.model.compose import change_resolution
 from mllm.model.fused_vision import FusedImageProcessor, FusedVisionEncoder
 from mllm.model.parts import load_image_processor, load_vision_config, load_vision_encoder
 from mllm.model.vision_encoder import build_vision_encoder, feature_shape, patch_features
@@ -453,3 +454,27 @@ def test_whether_to_interpolate_is_asked_of_the_class(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model.vision_encoder, "forward", lambda **kwargs: inner(**kwargs), raising=False)
     features = patch_features(model.vision_encoder, pixels(side=2 * IMAGE_SIZE), "last", 1)
     assert features.shape[1] == 4 * PATCHES
+
+
+# -- another resolution -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "blip2"])
+def test_a_picture_can_be_larger_from_the_start_or_from_a_stage_on(vision: str, tmp_path: Path) -> None:
+    """Both ways give the same model of the same weights, and it saves and loads."""
+    layer = {"vision_feature_layer": "last"}
+    model, processor = make_model(vision, **layer)
+    large, large_processor = make_model(vision, image_size=48, **layer)
+    assert (model.config.num_patches, large.config.num_patches) == (16, 36)
+    change_resolution(model.config, processor, 48)
+    batch, large_batch = processor(mixed_conversations()), large_processor(mixed_conversations())
+    assert batch["pixel_values"].shape[1:] == (3, 48, 48)
+    for name, tensor in batch.items():
+        assert torch.equal(tensor, large_batch[name]), name
+    with torch.no_grad():
+        want = large(**large_batch).logits
+        assert torch.equal(model(**batch).logits, want)
+    save(model, processor, tmp_path / "saved")
+    loaded, loaded_processor = mllm.load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(**loaded_processor(mixed_conversations())).logits, want)
