@@ -188,10 +188,11 @@ class TinyWorld:
                 connector |= {"clip_length": 4, "layers": 2, "heads": 4}
             if connector.get("num_positions"):
                 connector["num_positions"] = 16
-        if model.get("fusion"):
-            model["fusion"] |= TINY_FUSIONS[model["fusion"]["type"]]
-            if "vision_encoder" in model["fusion"]:
-                model["fusion"]["vision_encoder"] = self.vision(model["fusion"]["vision_encoder"])
+        fusion = model.get("fusion") or {"of": []}
+        for settings in fusion.get("of", [fusion]):
+            settings |= TINY_FUSIONS[settings["type"]]
+            if "vision_encoder" in settings:
+                settings["vision_encoder"] = self.vision(settings["vision_encoder"])
         if model.get("tiling"):
             side = 32
             model["tiling"]["pinpoints"] = [

@@ -104,8 +104,9 @@ def compose(
     )
     resized = resize_embeddings(text, config.text_config.vocab_size)
     model = _assemble(config, vision, text, dtype or torch.float32)
-    if fusion and "vision_encoder" in fusion:
-        model.fusion.encoder = load_vision_encoder(fusion["vision_encoder"], dtype)
+    for module, settings in zip(model.fusion.members() if fusion else (), _each(fusion), strict=True):
+        if "vision_encoder" in settings:
+            module.encoder = load_vision_encoder(settings["vision_encoder"], dtype)
     set_generation_defaults(model, processor)
     sources = {"vision_encoder": (vision_encoder, vision), "language_model": (language_model, text)}
     model.origin = Origin(
@@ -149,9 +150,10 @@ def describe(
         if vision_feature_select == "full":
             raise ConfigError("vision_feature_select is 'full', but fused encoders give patches only")
         vision_feature_layer = "last"  # the encoders' own layers are in their configuration
-    fusion = dict(fusion) if fusion else None
-    if fusion and "vision_encoder" in fusion:
-        fusion["vision_config"] = load_vision_config(fusion.pop("vision_encoder"), "last").to_dict()
+    fusion = deepcopy(dict(fusion)) if fusion else None
+    for settings in _each(fusion):
+        if "vision_encoder" in settings:
+            settings["vision_config"] = load_vision_config(settings.pop("vision_encoder"), "last").to_dict()
     images = load_image_processor(image_processor, image_size)
     tokens = load_named(AutoTokenizer, tokenizer, "tokenizer")
     pixels = images(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"]
@@ -203,6 +205,11 @@ def describe(
     processor.set_template(template)
     config.image_token_id = processor.image_token_id
     return config, processor
+
+
+def _each(fusion: Mapping[str, Any] | None) -> Sequence[Any]:
+    """The settings of each fusion, also of those in a stack."""
+    return [] if not fusion else fusion["of"] if fusion.get("type") == "stack" else [fusion]
 
 
 def change_resolution(config: MllmConfig, processor: MllmProcessor, side: int) -> None:

@@ -14,7 +14,7 @@ from mllm.model.anyres import AnyRes, make_newline, tiling_of
 from mllm.model.configuration import MllmConfig
 from mllm.model.connectors import build_connector
 from mllm.model.fusion import build_fusion
-from mllm.model.fusion.base import KEY, Context
+from mllm.model.fusion.base import Context
 from mllm.model.language_model import build_language_model
 from mllm.model.parted import PartedModel, fixed_ids, fixed_pixels
 from mllm.model.prefix_attention import prefix_attention_mask
@@ -363,7 +363,7 @@ class MllmForConditionalGeneration(PartedModel, GenerationMixin):
                 )
             own = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
             if self.fusion is not None:
-                own[KEY] = fusion_context
+                own |= self.fusion.arguments(fusion_context)
         output = call_language_model(
             self.language_model,
             inputs_embeds=inputs_embeds,

@@ -11,12 +11,14 @@ from mllm.errors import ConfigError
 from mllm.model.fusion.base import Fusion
 from mllm.model.fusion.gated_cross_attention import GatedCrossAttention
 from mllm.model.fusion.high_res_cross_attention import HighResCrossAttention
+from mllm.model.fusion.stack import FusionStack
 from mllm.model.fusion.visual_expert import VisualExpert
 
 FUSIONS: dict[str, Callable[..., Fusion]] = {
     "gated_cross_attention": GatedCrossAttention,
     "visual_expert": VisualExpert,
     "high_res_cross_attention": HighResCrossAttention,
+    "stack": FusionStack,
 }
 
 

@@ -10,6 +10,7 @@ checkpointing, which runs the inside of a layer a second time, sees the same ten
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Fusion(nn.Module):
     connector's tokens and their number an image.
     """
 
+    key: str = KEY  # the name of its context among the arguments of a layer
     high_res_size: int | None = None  # side of `pixel_values_high`, for a fusion with an encoder of its own
 
     def __init__(self) -> None:
@@ -60,6 +62,14 @@ class Fusion(nn.Module):
         """The context of the next token, in cached generation."""
         raise NotImplementedError
 
+    def arguments(self, context: Context) -> dict[str, Context]:
+        """The context as the language model's keyword arguments."""
+        return {self.key: context}
+
+    def members(self) -> Iterator[Fusion]:
+        """The fusions that this one is made of."""
+        yield self
+
     def position_ids(self, is_image: Tensor, attention_mask: Tensor) -> Tensor | None:
         """Position ids [B, S] where the fusion has its own numbering, else None."""
         return None
@@ -86,13 +96,13 @@ class Fusion(nn.Module):
 
     def take(self, kwargs: dict[str, Any]) -> Context:
         """The context among a module's keyword arguments, which the module itself must not see."""
-        self._reached = self._reached or KEY in kwargs
-        return kwargs.pop(KEY, None)
+        self._reached = self._reached or self.key in kwargs
+        return kwargs.pop(self.key, None)
 
     def _check_reached(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         reached, self._reached = self._reached, False
         # A model may swallow what it does not know: the images would be lost without a word.
-        if KEY in kwargs and not reached:
+        if self.key in kwargs and not reached:
             raise ConfigError(
                 f"{type(model).__name__} does not pass keyword arguments down into its layers, so this "
                 "fusion cannot be attached; use another language model (Llama, Qwen2 and Mistral do)"

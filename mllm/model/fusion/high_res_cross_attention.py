@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mllm.errors import ConfigError
-from mllm.model.fusion.base import KEY, Fusion, check_takes_kwargs, image_slots
+from mllm.model.fusion.base import Fusion, check_takes_kwargs, image_slots
 from mllm.model.fusion.cross_attention import CrossAttention
 from mllm.model.language_model import build_language_model, decoder_layers
 from mllm.model.vision_encoder import FeatureLayer, build_vision_encoder, feature_shape, patch_features
@@ -123,8 +123,8 @@ class HighResCrossAttention(Fusion):
     def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # The input goes along as an argument, because a layer that is recomputed in the backward pass is
         # not called again, its inside is.
-        media = kwargs.get(KEY)
-        kwargs[KEY] = None if media is None else (media, args[0])
+        media = kwargs.get(self.key)
+        kwargs[self.key] = None if media is None else (media, args[0])
         return args, kwargs
 
     def _before(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

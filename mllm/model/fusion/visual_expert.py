@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm.errors import ConfigError
-from mllm.model.fusion.base import KEY, Fusion, check_takes_kwargs
+from mllm.model.fusion.base import Fusion, check_takes_kwargs
 from mllm.model.language_model import build_language_model, decoder_layers
 
 
@@ -114,13 +114,13 @@ class VisualExpert(Fusion):
         return handles
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        kwargs.setdefault(KEY, None)  # the language model called alone: forget the route of the call before
+        kwargs.setdefault(self.key, None)  # the language model called alone: forget the route of before
         return args, kwargs
 
     def _note(self, child: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         # Here, and not at the layer: a layer that is recomputed in the backward pass is not called again,
         # its inside is.
-        if KEY in kwargs:
+        if self.key in kwargs:
             self._route = self.take(kwargs)
         return args, kwargs
 
