@@ -10,10 +10,10 @@ import difflib
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mllm.errors import ConfigError
 
@@ -21,6 +21,7 @@ Tuning = Literal["frozen", "full", "lora", "qlora", "dora", "rslora", "prefix", 
 Part = Literal["vision_encoder", "connector", "fusion", "language_model", "text_encoder", "heads"]
 # A directory or Hub name of published weights, or `{model_type: ..., setting: value}` for fresh ones.
 Source = str | dict[str, Any]
+Rate = Annotated[float, Field(gt=0)]
 Layer = int | Literal["last", "pooled", "projected"]
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -39,6 +40,13 @@ class PretrainingSection(Section):
     max_text_length: int = Field(32, ge=4, description="tokens a caption")
 
 
+# What a stage on pairs takes of the section `model`; the other stages take all but ONLY_PAIRS.
+ONLY_PAIRS = {"text_encoder", "pretraining"}
+PAIRS = {"init_from", "vision_encoder", "tokenizer", "image_processor", "dtype"} | ONLY_PAIRS
+TAKES = {
+    "pretrain_vision": PAIRS,
+    "pretrain_qformer": PAIRS | {"connector", "vision_feature_layer", "vision_feature_select"},
+}
 # What a stage may say of a model that an earlier stage has made.
 AFTER_INIT = {
     *("init_from", "template", "image_size", "image_aspect_ratio", "tiling", "dtype"),
@@ -77,6 +85,30 @@ class ModelSection(Section):
     text_encoder: Source | None = Field(None, description="of pretraining; for a Q-Former, the BERT it is")
     pretraining: PretrainingSection = PretrainingSection()
 
+    @property
+    def given(self) -> set[str]:
+        """The keys that a recipe gives a value; null is none."""
+        return {key for key in self.model_fields_set if getattr(self, key) is not None}
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelSection:
+        for key in ("connector", "fusion", "tiling"):
+            settings = getattr(self, key)
+            if settings is not None and "type" not in settings:
+                raise ValueError(f"{key} is {settings}; it needs a 'type'")
+        if self.vision_encoder == []:
+            raise ValueError("vision_encoder is an empty list; name one, or several")
+        if self.tiling and self.image_aspect_ratio == "pad":
+            raise ValueError("image_aspect_ratio is 'pad', but tiling pads images itself; remove it")
+        if isinstance(self.image_processor, list):
+            encoders = len(self.vision_encoder) if isinstance(self.vision_encoder, list) else 1
+            if len(self.image_processor) != encoders or encoders == 1:
+                raise ValueError(
+                    f"image_processor: {len(self.image_processor)} for {encoders} vision encoders; "
+                    "give one each, or one that is no list"
+                )
+        return self
+
 
 class LoraSection(Section):
     """LoRA on every linear layer of the parts tuned with it; the defaults are LLaVA-1.5's."""
@@ -108,6 +140,15 @@ class AdapterSection(Section):
     placement: Literal["houlsby", "pfeiffer"] = Field("houlsby", description="in both blocks, or in the last")
 
 
+# Which tunings read each section of settings.
+USERS = {
+    "lora": ("lora", "qlora", "dora", "rslora"),
+    "prefix": ("prefix",),
+    "prompt": ("prompt",),
+    "adapter": ("adapter",),
+}
+
+
 class TuneSection(Section):
     """How each part is trained."""
 
@@ -124,6 +165,17 @@ class TuneSection(Section):
     prefix: PrefixSection = PrefixSection()
     prompt: PromptSection = PromptSection()
     adapter: AdapterSection = AdapterSection()
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> TuneSection:
+        tunings = {self.vision_encoder, self.connector, self.language_model}
+        for name, users in USERS.items():
+            if getattr(self, name).model_fields_set and not tunings & set(users):
+                raise ValueError(
+                    f"{name} has settings, but no part is tuned as {' or '.join(users)}; remove them "
+                    f"(tune.{name}={{}} after a recipe's name)"
+                )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> TuneSection:
@@ -153,40 +205,57 @@ class SourceSection(Section):
 class DataSection(Section):
     """One data set, or several that are joined or mixed."""
 
-    path: str | list[str | SourceSection] = Field(description="JSON or JSONL file(s)")
+    path: list[SourceSection] = Field(min_length=1, description="JSON or JSONL file(s)")
     format: str = Field("auto", description="llava, coco_captions, messages or auto")
     image_root: str | None = Field(None, description="folder that relative image paths start from")
     mixing: Literal["concat", "sqrt", "weights"] = Field(
         "concat", description="every row once; by the root of the sizes (InstructBLIP); by the weights alone"
     )
     max_length: int | None = Field(2048, ge=8, description="tokens a row, after image expansion")
+    grouping: Literal["none", "modality_length"] = Field(
+        "none", description="batches of one modality and, over ranks, of like length (LLaVA)"
+    )
+    packing: bool = Field(False, description="rows one after the other, ranks balanced, in place of padding")
+    pack_length: int | None = Field(None, ge=8, description="tokens that a pack may have; null: any number")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _listed(cls, path: Any) -> Any:
+        """A file or several, each by its path alone or with settings of its own."""
+        listed = path if isinstance(path, list) else [path]
+        return [{"path": source} if isinstance(source, str) else source for source in listed]
+
+    @model_validator(mode="after")
+    def _packed(self) -> DataSection:
+        if self.pack_length is not None and not self.packing:
+            raise ValueError("pack_length is of packs, and packing is false; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _mixed(self) -> DataSection:
+        weighted = any("weight" in source.model_fields_set for source in self.path)
+        if len(self.path) == 1 and (self.mixing != "concat" or weighted):
+            key = "weight" if weighted else f"mixing {self.mixing!r}"
+            raise ValueError(f"path has one data set, which {key} means nothing for; remove it")
+        return self
 
     @property
     def sources(self) -> list[SourceSection]:
         """The data sets, each with its format and image folder."""
-        listed = self.path if isinstance(self.path, list) else [self.path]
-        given = [SourceSection(path=source) if isinstance(source, str) else source for source in listed]
-        return [
-            SourceSection(
-                path=source.path,
-                format=source.format or self.format,
-                image_root=source.image_root or self.image_root,
-                weight=source.weight,
-            )
-            for source in given
-        ]
+        shared = {"format": self.format, "image_root": self.image_root}
+        return [SourceSection(**{**shared, **source.model_dump(exclude_none=True)}) for source in self.path]
 
 
 class TrainSection(Section):
     """Optimisation; the names are Hugging Face's `TrainingArguments` where they have one."""
 
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     learning_rate: float = Field(1e-3, gt=0, description="of every part without a rate of its own")
-    learning_rates: dict[Part, float] = Field(default_factory=dict, description="rate per part")
+    learning_rates: dict[Part, Rate] = Field(default_factory=dict, description="rate per part")
     per_device_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
     num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, description="overrides the epochs when positive")
+    max_steps: int | None = Field(None, ge=1, description="overrides the epochs")
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="of the schedule, such as min_lr of cosine_with_min_lr"
@@ -208,6 +277,16 @@ class TrainSection(Section):
     deepspeed: str | None = Field(None, description="a file of ds_configs/")
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")
     resume: bool | str = Field(False, description="true continues the last checkpoint of output_dir")
+
+    @model_validator(mode="after")
+    def _possible(self) -> TrainSection:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 are both true; choose one")
+        if self.save_total_limit and not self.save_steps:
+            raise ValueError(
+                "save_total_limit is given, but nothing is saved before the end; give save_steps"
+            )
+        return self
 
 
 class RunConfig(Section):
@@ -231,12 +310,34 @@ class RunConfig(Section):
         needed = other.get(self.stage, "language_model")
         if model.init_from is None and (model.vision_encoder is None or getattr(model, needed) is None):
             raise ValueError(f"give model.init_from, or both model.vision_encoder and model.{needed}")
-        if model.connector_from and self.on_pairs:
-            raise ValueError("model.connector_from is for a new connector in the stages align and instruct")
-        if model.init_from and (given := sorted(model.model_fields_set - AFTER_INIT)):
+        if self.train.output_dir in (model.init_from, model.connector_from):
+            raise ValueError(
+                f"train.output_dir {self.train.output_dir!r} is what the run starts from; change it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> RunConfig:
+        """A key that this stage does not read is a mistake."""
+        model = self.model
+        if ignored := sorted(model.given - TAKES.get(self.stage, {*ModelSection.model_fields} - ONLY_PAIRS)):
+            raise ValueError(f"model.{ignored[0]} means nothing in the stage {self.stage}; remove it")
+        if model.init_from and (given := sorted(model.given - AFTER_INIT)):
             raise ValueError(
                 f"model.{given[0]} is decided by the checkpoint of model.init_from; remove one of the two"
             )
+        if self.stage == "pretrain_qformer" and "objective" in model.pretraining.model_fields_set:
+            raise ValueError("model.pretraining.objective is of the stage pretrain_vision; remove it")
+        if self.on_pairs and "max_length" in self.data.model_fields_set:
+            raise ValueError("data.max_length is for conversations; give model.pretraining.max_text_length")
+        if self.on_pairs and (self.data.packing or self.data.grouping != "none"):
+            raise ValueError("data.packing and data.grouping are for conversations; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_is_whole(self) -> RunConfig:
+        if self.stage == "pretrain_vision" and isinstance(self.model.vision_encoder, list):
+            raise ValueError("model.vision_encoder: pretrain_vision trains one encoder; give no list")
         if self.stage == "pretrain_vision" and self.tune.vision_encoder not in ("frozen", "full"):
             raise ValueError(
                 f"tune.vision_encoder is {self.tune.vision_encoder!r}; pretrain_vision hands on whole "
@@ -320,7 +421,7 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"key {where!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where or 'recipe'}: {message}" + (
+    return f"{where}{': ' if where else ''}{message}" + (
         f", found {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
     )
 
@@ -328,5 +429,8 @@ def _first_problem(error: ValidationError) -> str:
 def _fields_at(loc: Sequence[Any]) -> list[str]:
     model: Any = RunConfig
     for step in loc:
-        model = model.model_fields[step].annotation if hasattr(model, "model_fields") else None
+        if isinstance(step, int):  # of a list of sections
+            model = get_args(model)[0]
+        else:
+            model = model.model_fields[step].annotation if hasattr(model, "model_fields") else None
     return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -29,12 +29,12 @@ WORDS = ["fox", "brown", "the quick fox", "hello world the quick brown fox", "a"
 
 def tune(vision_encoder: str, connector: str, language_model: str) -> dict[str, Any]:
     """The section `tune`; LoRA is small and without dropout, so that runs can be compared."""
-    return {
-        "vision_encoder": vision_encoder,
-        "connector": connector,
-        "language_model": language_model,
-        "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-    }
+    parts = {"vision_encoder": vision_encoder, "connector": connector, "language_model": language_model}
+    return (
+        {**parts, "lora": {"r": 4, "alpha": 8, "dropout": 0.0}}
+        if {"lora", "qlora"} & {*parts.values()}
+        else parts
+    )
 
 
 def make_rows(count: int) -> list[dict[str, Any]]:

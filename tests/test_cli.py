@@ -10,18 +10,27 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import make_model, make_picture, save_parts
+from conftest import make_image_processor, make_model, make_picture, make_vision, save_parts
+from pairs import bert_tokenizer
 from typer.testing import CliRunner
 
 from mllm import cli
+from mllm.errors import ConfigError
 from mllm.model import load, save
+from mllm.model.pretraining.compose import compose_qformer_pretraining
 
 COMMANDS = [
     ["train"],
+    ["recipes"],
+    ["explain"],
+    ["plan"],
     ["chat"],
     ["quickstart"],
+    ["import"],
+    ["export"],
     ["data", "convert"],
     ["data", "generate"],
+    ["data", "capfilt"],
     ["data", "inspect"],
     ["eval", "build"],
     ["eval", "run"],
@@ -156,16 +165,171 @@ def test_an_empty_data_set_is_refused(run: Any, recipe: Any) -> None:
         ({"model": {"vision_encoder": "/nowhere"}}, "vision_encoder"),
         ({"tune": {"connector": "frozen"}}, "nothing is trained"),
         ({"train": {"deepspeed": "no_such.json"}}, "samples are in ds_configs/"),
+        ({"model": {"connector": {"type": "mlp", "dept": 3}}}, "'dept'; its arguments: depth: int = 2"),
+        ({"model": {"connector": {"type": "mlp", "depth": "x"}}}, "connector 'mlp': "),
+        (
+            {"model": {"connector": {"type": "qformer", "width": 32, "heads": 4, "dropout": 2}}},
+            "connector 'qformer': dropout",
+        ),
+        ({"model": {"fusion": {"type": "gated"}}}, "unknown fusion type 'gated'; use one of gated_cross"),
+        ({"model": {"fusion": {"type": "gated_cross_attention", "heads": 0}}}, "heads, head_dim and ff_mult"),
+        (
+            {"model": {"tiling": {"type": "anyres", "pinpoints": 64}}},
+            "pinpoint 64 must be two multiples of 32",
+        ),
+        (
+            {"model": {"tiling": {"type": "anyres", "pinpoints": [64, 32]}}},
+            "pinpoint 64 must be two multiples",
+        ),
+        (
+            {"model": {"vision_encoder": {"model_type": "siglip_vision_model"}}},
+            "image_processor: say which one",
+        ),
+        ({"model": {"vision_encoder": {"model_type": "no_such_model"}}}, "no_such_model"),
+        (
+            {"model": {"vision_encoder": {"model_type": "dinov2", "hiden": 1}}},
+            "dinov2 has no setting 'hiden'",
+        ),
+        ({"model": {"vision_feature_layer": 99}}, "vision_feature_layer is 99"),
+        ({"model": {"image_size": 5}}, "cannot read images of [3, 5, 5]"),
+        ({"model": {"added_tokens": ["<a>", "<a>"]}}, "a token is empty or there twice"),
+        ({"model": {"added_tokens": ["</s>"]}}, "the tokenizer has '</s>' already"),
+        ({"model": {"attn_implementation": "no_such"}}, "no_such"),
+        ({"model": {"connector_from": "/nowhere"}}, "'/nowhere' is no checkpoint"),
+        ({"tune": {"fusion": "full"}}, "tune.fusion: the model has no such part"),
+        ({"tune": {"text_encoder": "frozen"}}, "tune.text_encoder: the model has no such part"),
+        ({"tune": {"overrides": {"vision_encoder.post_layernorm": "full"}}}, "the loss does not reach"),
+        (
+            {"train": {"learning_rates": {"heads": 1e-3}}},
+            "train.learning_rates.heads: no such part is trained",
+        ),
+        (
+            {"train": {"learning_rates": {"vision_encoder": 1e-3}}},
+            "learning_rates.vision_encoder: no such part",
+        ),
+        ({"train": {"lr_scheduler_type": "cosin"}}, "train.lr_scheduler_type or _kwargs: cosin is not"),
+        ({"train": {"lr_scheduler_kwargs": {"foo": 1}}}, "unexpected keyword argument 'foo'"),
+        ({"train": {"report_to": ["foo"]}}, "train.report_to: foo is not supported"),
+        ({"train": {"output_dir": "/dev/null/run"}}, "'/dev/null' is no folder that can be written"),
     ],
 )
-def test_a_wrong_recipe_is_one_line(change: Any, wanted: str, run: Any, recipe: Any) -> None:
+def test_a_wrong_recipe_is_one_line(change: Any, wanted: str, run: Any, recipe: Any, tmp_path: Path) -> None:
     code, _, _ = run("train", recipe([llava()], **change))
     assert wanted in code
     assert "\n" not in code
+    assert len(code) < 700
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.fixture(scope="module")
+def of_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of `pretrain_qformer`."""
+    qformer = {"num_queries": 4, "width": 32, "layers": 2, "heads": 4, "intermediate": 64}
+    model, processor = compose_qformer_pretraining(
+        make_vision(), bert_tokenizer(), qformer, image_processor=make_image_processor(), embed_dim=16
+    )
+    return save(model, processor, tmp_path_factory.mktemp("pairs") / "model")
+
+
+def test_a_checkpoint_of_pairs_is_not_taken_for_another(
+    run: Any, recipe: Any, of_pairs: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "written.jsonl"
+    path = recipe([llava()])
+    raw = yaml.safe_load(path.read_text())
+    capfilt = ("data", "capfilt", rows, out, "--captioner")
+    for stage, model, wanted in (
+        ("align", {"init_from": str(of_pairs)}, "is a QFormerForPretraining, this stage goes on with a Mllm"),
+        ("align", {"init_from": str(of_pairs), "tiling": {"type": "anyres"}}, "is a QFormerForPretraining"),
+        ("pretrain_qformer", {"init_from": str(checkpoint)}, "is a MllmForConditionalGeneration"),
+        ("pretrain_vision", {"init_from": str(of_pairs)}, "this stage goes on with a DualEncoder"),
+    ):
+        path.write_text(yaml.safe_dump({**raw, "stage": stage, "model": model}))
+        code, _, _ = run("train", path)
+        assert wanted in code
+        assert "\n" not in code
+    for arguments, wanted in {
+        ("chat", of_pairs, "--prompt", "hi"): "cannot answer",
+        (*capfilt, of_pairs, "--filter", of_pairs): "cannot answer",
+        (*capfilt, checkpoint, "--filter", checkpoint): "give one of pretrain_qformer",
+        (*capfilt, checkpoint, "--filter", of_pairs, "--batch-size", "0"): "batch size 0",
+        (
+            *capfilt,
+            checkpoint,
+            "--filter",
+            of_pairs,
+            "--image-root",
+            "/no",
+        ): "all 1 rows are bad; the first: ",
+        (
+            "data",
+            "capfilt",
+            rows,
+            rows,
+            "--captioner",
+            checkpoint,
+            "--filter",
+            of_pairs,
+        ): "the file that is read",
+        ("export", of_pairs, out): "has no class in transformers",
+        ("export", checkpoint, of_pairs): "is there already",
+        ("import", checkpoint, out): "cannot import 'none'; give one of Llava",
+        ("import", rows, out): "config.json",
+        ("chat", checkpoint, "--prompt", "hi", "--device", "foo"): "device 'foo': ",
+    }.items():
+        code, _, _ = run(*arguments)
+        assert isinstance(code, str), arguments
+        assert wanted in code
+        assert "\n" not in code
+    assert not list(tmp_path.glob("*written.jsonl*"))
+
+
+@pytest.mark.parametrize(("batch", "stage"), [(1, "pretrain_vision"), (9, "pretrain_qformer")])
+def test_a_batch_of_pairs_has_negatives_and_fits_the_data(
+    batch: int, stage: str, run: Any, recipe: Any, parts: dict[str, str], tmp_path: Path
+) -> None:
+    bert_tokenizer().save_pretrained(tmp_path / "bert")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    common = {"vision_encoder": parts["vision_encoder"], "tokenizer": str(tmp_path / "bert")}
+    path = recipe([llava(), llava()], train={"per_device_batch_size": batch})
+    model = {
+        "pretrain_vision": {**common, "text_encoder": {"model_type": "bert", **sizes}},
+        "pretrain_qformer": {
+            **common,
+            "connector": {"type": "qformer", "width": 32, "layers": 2, "heads": 4, "intermediate": 64},
+        },
+    }[stage]
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "stage": stage, "model": model}))
+    code, _, _ = run("train", path)
+    assert f"a batch has {batch} pairs, the data have 2" in code
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_options_without_effect_are_refused(run: Any, recipe: Any, tmp_path: Path) -> None:
+    recipe([llava()])
+    convert = ("data", "convert", tmp_path / "rows.jsonl", tmp_path / "written.jsonl")
+    for arguments, wanted in {
+        (*convert, "--tasks", "refer"): "are of --format coco_boxes",
+        (*convert, "--seed", "0"): "are of --format coco_boxes",
+        (*convert, "--per", "image"): "is of COCO captions",
+        (*convert, "--max-bad", "0.5"): "is of --on-error skip",
+        (*convert, "--on-error", "skip", "--max-bad", "7"): "it is a share",
+        (*convert, "--format", "coco_boxes"): "a box style and the format 'coco_boxes' go together",
+        (*convert, "--format", "coco_boxes", "--box-style", "llva"): "unknown box style 'llva'",
+        (*convert, "--format", "coco_boxes", "--box-style", "llava", "--tasks", "refer,refer"): "there twice",
+        ("data", "convert", tmp_path / "rows.jsonl", tmp_path): "is a folder",
+        ("data", "inspect", tmp_path / "recipe.yaml", "--start", "9"): "has 1 rows",
+        ("quickstart", "--fast", "--out", tmp_path / "rows.jsonl"): "Not a directory",
+    }.items():
+        code, _, _ = run(*arguments)
+        assert isinstance(code, str), arguments
+        assert wanted in code
+        assert "\n" not in code
+    assert not (tmp_path / "written.jsonl").exists()
 
 
 def test_debug_shows_the_traceback(run: Any) -> None:
-    with pytest.raises(cli.ConfigError):
+    with pytest.raises(ConfigError):
         run("--debug", "train", "no-such-recipe")
 
 

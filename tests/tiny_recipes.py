@@ -149,6 +149,8 @@ class TinyWorld:
             "gradient_checkpointing",
             "num_workers",
             "save_steps",
+            "save_total_limit",
+            "save_total_limit",
             "num_train_epochs",
         ):
             train.pop(key, None)

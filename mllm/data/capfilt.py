@@ -75,12 +75,19 @@ def capfilt(
         progress: show a progress bar on the error stream.
 
     Raises:
-        ConfigError: `<output>.scores.jsonl` was made otherwise.
+        ConfigError: a setting out of its range, or `<output>.scores.jsonl` was made otherwise.
         DataError: nothing is kept.
     """
     output = Path(output)
+    if output.is_dir() or (output.exists() and output.samefile(rows.path)):
+        raise ConfigError(f"{output} is a folder or the file that is read; write to another file")
+    if batch_size < 1 or not 0 <= threshold <= 1:
+        raise ConfigError(
+            f"batch size {batch_size}, threshold {threshold}; give one of at least 1, and one from 0 to 1"
+        )
     settings = {
         "source": sha256_of(rows.path),
+        "image_root": str(rows.image_root),
         "rows": len(rows),
         "batch_size": batch_size,
         "seed": seed,
@@ -101,6 +108,9 @@ def capfilt(
             for kept in _kept(rows, i, json.loads(text), threshold, done):
                 file.write(json.dumps(kept, ensure_ascii=False) + "\n")
                 done.rows += 1
+        if done.bad == len(rows):
+            scores.unlink()  # it holds no score
+            raise DataError(f"{rows.path}: all {done.bad} rows are bad; the first: {done.first_bad}")
         if not done.rows:
             raise DataError(
                 f"{rows.path}: no caption fits its image ({done.bad} rows are bad; the first: "

@@ -46,12 +46,7 @@ class Collator:
         """
         examples = [(row, example) for row in rows for example in self.examples(row)]
         encoded = [example for _, example in examples]
-        pad = self.processor.tokenizer.pad_token_id
-        batch: dict[str, Any] = {
-            "input_ids": pad_rows([row.input_ids for row in encoded], pad),
-            "attention_mask": pad_rows([[1] * len(row.input_ids) for row in encoded], 0),
-            "labels": pad_rows([row.labels for row in encoded], IGNORE),
-        }
+        batch: dict[str, Any] = dict(self.layout(encoded))
         inputs = [self._images(row, example.images) for row, example in examples if example.images]
         for name in inputs[0] if inputs else ():
             batch[name] = torch.cat([of_row[name] for of_row in inputs])
@@ -59,6 +54,15 @@ class Collator:
         batch["row_ids"] = [name_of(row) for row, _ in examples]
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)
         return batch
+
+    def layout(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Ids, mask and labels of all rows."""
+        pad = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": pad_rows([row.input_ids for row in encoded], pad),
+            "attention_mask": pad_rows([[1] * len(row.input_ids) for row in encoded], 0),
+            "labels": pad_rows([row.labels for row in encoded], IGNORE),
+        }
 
     def encode(self, row: Row) -> Encoded:
         """Ids and labels of one row, checked."""

@@ -63,7 +63,9 @@ def convert(
     source, output = Path(source), Path(output)
     if on_error not in ("error", "skip"):
         raise ConfigError(f"on_error is {on_error!r}; use 'error' or 'skip'")
-    if output.exists() and output.samefile(source):
+    if not 0 <= max_bad <= 1:
+        raise ConfigError(f"max_bad is {max_bad}; it is a share, from 0 to 1")
+    if output.exists() and source.exists() and output.samefile(source):
         raise DataError(f"{output} is the file that is read; write to another")
     rows = open_rows(source, format, image_root, check_images=check_images, per=per, boxes=boxes)
     done = Conversion(output, left_out=rows.left_out)

@@ -21,6 +21,8 @@ def atomic_writer(path: Path) -> Iterator[TextIO]:
     It is written beside its place and renamed, so that a reader sees the old file or the new one,
     never a half. After an error nothing is left.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -93,6 +93,8 @@ class BoxTasks:
         for task in self.tasks or ("",):
             if task not in TASKS:
                 raise ConfigError(f"unknown box task {task!r}; use {', '.join(TASKS)}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"box tasks {', '.join(self.tasks)}: one is there twice, as its rows would be")
 
 
 class Thing(NamedTuple):

@@ -34,8 +34,8 @@ def shares(sizes: Sequence[int], mixing: Mixing, weights: Sequence[float]) -> np
 class Mixture(Dataset[Any]):
     """As many rows as its data sets have together, each data set being drawn from by its share.
 
-    With `concat` and no weights every row comes exactly once. Otherwise a data set that gives more rows
-    than it has is gone through again, in a new order, before any of its rows comes a further time.
+    With `concat` every row comes exactly once. Otherwise a data set that gives more rows than it has is gone
+    through again, in a new order, before any of its rows comes a further time.
 
     Args:
         datasets: map-style data sets.
@@ -44,10 +44,12 @@ class Mixture(Dataset[Any]):
         seed: of the draw, which is the same in every epoch and on every rank.
 
     Attributes:
-        counts: rows drawn from each data set.
+        sizes: rows that each data set has.
+        counts: rows drawn from each.
 
     Raises:
-        ConfigError: an empty data set, or a weight that is not positive.
+        ConfigError: a data set that is empty or would give no row, or a weight that is not positive or, with
+            `concat`, has no effect.
     """
 
     def __init__(
@@ -59,14 +61,16 @@ class Mixture(Dataset[Any]):
         seed: int = 0,
     ):
         self.datasets, self.names = list(datasets), list(names)
-        sizes = [len(data) for data in self.datasets]  # type: ignore[arg-type]
+        sizes = self.sizes = [len(data) for data in self.datasets]  # type: ignore[arg-type]
         weights = [1.0] * len(sizes) if weights is None else list(weights)
         for name, size, weight in zip(self.names, sizes, weights, strict=True):
             if not size or weight <= 0:
                 fault = "no rows" if not size else f"weight {weight}"
                 raise ConfigError(f"data: {name} has {fault}; remove it from data.path")
         total = sum(sizes)
-        if mixing == "concat" and len(set(weights)) == 1:
+        if mixing == "concat":
+            if len(set(weights)) > 1:
+                raise ConfigError("data: concat takes every row once; with weights, mix by sqrt or weights")
             source = np.repeat(np.arange(len(sizes)), sizes)
         else:
             # Largest remainders: the counts are the shares, not a draw that only tends to them.
@@ -76,6 +80,9 @@ class Mixture(Dataset[Any]):
             source = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), count))
         self.source = source.astype(np.int32)
         self.counts = np.bincount(self.source, minlength=len(sizes)).tolist()
+        if 0 in self.counts:
+            name = self.names[self.counts.index(0)]
+            raise ConfigError(f"data: {name} would give none of {total} rows; raise its weight, or remove it")
         self.row = np.empty(total, dtype=np.int64)
         for k, size in enumerate(sizes):
             self.row[self.source == k] = _passes(size, self.counts[k], (seed, k))

@@ -121,6 +121,8 @@ def open_rows(
         format = _detect(source)
     elif source.format not in (None, format):
         raise DataError(f"{path}: this is a {source.format} file, not {format}; name that format")
+    if per != "caption" and format != "coco_captions":
+        raise ConfigError(f"per is {per!r}, which is of COCO captions; {path} is {format}: leave it out")
     root = None if image_root is None else Path(image_root)
     return Rows(path, READERS[format], source, root, check_images)
 

@@ -351,7 +351,8 @@ def _end_of_turn(text: str, start: int, ends: Sequence[str]) -> int:
     if not found:
         raise DataError(
             "the tokenizer's own chat template ends an answer with no special token; "
-            "mark what is supervised in it with {% generation %}, or use a named template"
+            "mark what is supervised in it with {% generation %}, or use a named template "
+            "(model.template, --template)"
         )
     first, length = min(found)
     return first - length

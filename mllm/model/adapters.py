@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mllm.errors import ConfigError
 from mllm.model.bottleneck import Bottleneck, insert_bottlenecks
-from mllm.model.language_model import build_language_model
+from mllm.model.language_model import build_language_model, unpacked
 from mllm.model.soft_prompt import SoftPrompt, insert_soft_prompt
 
 ADAPTER = "default"
@@ -135,8 +135,6 @@ def dequantise(language_model: Any) -> PreTrainedModel:
     Adding a LoRA to weights of 4 bit would round it away, so the weights are unpacked first. The result
     computes what the model in 4 bit did, with four times its memory.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
     deltas = {}
     for name, layer in adapter_layers(language_model):
         deltas[f"{name}.weight"] = layer.get_delta_weight(ADAPTER)
@@ -147,11 +145,10 @@ def dequantise(language_model: Any) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in dense.named_parameters():
             packed = language_model.get_parameter(name)
-            state = getattr(packed, "quant_state", None)
-            if state is None:
+            weight = unpacked(packed)
+            if weight is packed:
                 parameter.data = packed.data
                 continue
-            weight = dequantize_4bit(packed.data, state)
             weight = weight + deltas[name].to(weight.dtype) if name in deltas else weight
             # Packing has turned GPT-2's [in, out] layers into ordinary [out, in] ones.
             in_out = isinstance(dense.get_submodule(name.rpartition(".")[0]), Conv1D)

@@ -34,8 +34,14 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, patterns: Sequence[str], vocab_size: int) -> int:
-    """Add tokens, in place; returns the rows that the language model's embedding then needs."""
+    """Add tokens, in place; returns the rows that the language model's embedding then needs.
+
+    Raises:
+        ConfigError: see `expand`; or the tokenizer has such a token.
+    """
     tokens = expand(patterns)
+    if old := sorted(set(tokens) & tokenizer.get_vocab().keys()):
+        raise ConfigError(f"model.added_tokens: the tokenizer has {old[0]!r} already; leave it out")
     tokenizer.add_tokens(tokens)
     ids: list[int] = tokenizer.convert_tokens_to_ids(tokens)  # type: ignore[assignment]
     return max(vocab_size, *(index + 1 for index in ids))

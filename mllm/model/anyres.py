@@ -27,6 +27,7 @@ from torch import nn
 
 from mllm.errors import ConfigError
 from mllm.model.configuration import MllmConfig
+from mllm.model.connectors import CONNECTORS
 
 ORDERS = ("llava", "hf")
 # LLaVA-NeXT's, in tiles: (336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008).
@@ -160,8 +161,9 @@ def build_tiling(settings: Mapping[str, Any], pixel_shape: Sequence[int], num_to
             "(no class token, a connector that keeps the grid)"
         )
     points = settings.get("pinpoints") or [[a * tile, b * tile] for a, b in DEFAULT_TILES]
-    for point in points:
-        if len(point) != 2 or any(not isinstance(n, int) or n < 1 or n % tile for n in point):
+    for point in points if isinstance(points, (list, tuple)) else [points]:
+        pair = isinstance(point, (list, tuple)) and len(point) == 2
+        if not pair or any(not isinstance(n, int) or n < 1 or n % tile for n in point):
             raise ConfigError(f"tiling: pinpoint {point} must be two multiples of {tile}, the view's size")
     pinpoints = tuple((a, b) if order == "hf" else (b, a) for a, b in points)
     return AnyRes(tile, side, pinpoints, order)
@@ -171,12 +173,17 @@ def tiling_of(config: MllmConfig) -> AnyRes | None:
     """The geometry of a model's tiles; None where it has none.
 
     Raises:
-        ConfigError: see `build_tiling`; or the model has a deep fusion, which reads whole images.
+        ConfigError: see `build_tiling`; or the model has a deep fusion, which reads whole images, or a
+            connector whose tokens are no grid.
     """
     if config.tiling is None:
         return None
     if config.fusion is not None:
         raise ConfigError("tiling and fusion exclude each other; leave one of them out")
+    kind = config.connector["type"]
+    if not CONNECTORS[kind].keeps_grid:
+        able = ", ".join(name for name, connector in CONNECTORS.items() if connector.keeps_grid)
+        raise ConfigError(f"tiling: the tokens of the connector {kind!r} are no grid; use one of {able}")
     return build_tiling(config.tiling, config.pixel_shape, config.num_image_tokens)
 
 

@@ -58,11 +58,13 @@ def insert_bottlenecks(part: nn.Module, kind: str, size: int, placement: str) ->
         placement: `houlsby` or `pfeiffer`.
 
     Raises:
-        ConfigError: no transformer layers, or none of the known shape.
+        ConfigError: no transformer layers, two stacks of them, or none of the known shape.
     """
     config: Any = getattr(part, "config", None)
-    if not hasattr(config, "num_hidden_layers"):
-        raise ConfigError(f"{type(part).__name__} has no list of transformer layers; use 'full' or 'lora'")
+    if not hasattr(config, "num_hidden_layers") or config.is_encoder_decoder:
+        raise ConfigError(
+            f"{type(part).__name__} has no one list of transformer layers; use 'full' or 'lora'"
+        )
     layers: Any = decoder_layers(part)  # type: ignore[arg-type]
     for layer in layers:
         attention, feed_forward = output_projections(layer, config.hidden_size)

@@ -184,6 +184,11 @@ def describe(
         module = build_connector(config.connector, vision_dim, text_config.hidden_size)
         tokens_an_image = module.num_tokens(config.num_patches)
         fused = build_fusion(fusion, text_config, module.out_dim, tokens_an_image) if fusion else None
+    if fused and fused.high_res_size and isinstance(vision_config, FusedVisionConfig):
+        raise ConfigError(
+            "fusion: its own encoder's images are made by the image processor of the vision encoder; "
+            "give one vision encoder, not several"
+        )
     config.num_image_tokens = fused.num_placeholders(tokens_an_image) if fused else tokens_an_image
     tiling_of(config)  # raises ConfigError where it cannot be
     processor = MllmProcessor(
@@ -201,6 +206,11 @@ def describe(
         raise ConfigError(f"connector {config.connector['type']!r} {verb} model.instruction_tokenizer")
     if instruction_tokenizer is not None:
         reader = load_named(AutoTokenizer, instruction_tokenizer, "instruction_tokenizer")
+        embedding: Any = module.qformer.word_embeddings  # type: ignore[union-attr]
+        if len(reader) > (rows := embedding.num_embeddings):
+            raise ConfigError(
+                f"model.instruction_tokenizer has {len(reader)} words, the connector {rows}; raise vocab_size"
+            )
         processor.instruction_tokenizer = InstructionTokenizer(reader)
     processor.set_template(template)
     config.image_token_id = processor.image_token_id

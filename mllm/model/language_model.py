@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from mllm.errors import ConfigError
@@ -31,3 +31,13 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ConfigError(f"{type(language_model).__name__} has no list of {depth} layers to attach to")
+
+
+def unpacked(weight: Tensor) -> Tensor:
+    """A weight as it computes: one in 4 bit in the dtype that it had, any other as it is."""
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)

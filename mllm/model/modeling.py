@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mllm.model.anyres import AnyRes, make_newline, tiling_of
@@ -15,6 +14,7 @@ from mllm.model.configuration import MllmConfig
 from mllm.model.connectors import build_connector
 from mllm.model.fusion import build_fusion
 from mllm.model.fusion.base import Context
+from mllm.model.generation import ImageGenerationMixin
 from mllm.model.language_model import build_language_model
 from mllm.model.parted import PartedModel, fixed_ids, fixed_pixels
 from mllm.model.prefix_attention import prefix_attention_mask
@@ -22,8 +22,6 @@ from mllm.model.soft_prompt import call_language_model
 from mllm.model.vision_encoder import build_vision_encoder
 
 PARTS = ("vision_encoder", "connector", "fusion", "language_model")
-IMAGE_INPUTS = ("pixel_values", "image_sizes", "pixel_values_high", "instruction_ids", "instruction_mask")
-"""What `embed` takes beside the token ids."""
 
 
 @dataclass
@@ -33,7 +31,7 @@ class MllmOutput(CausalLMOutputWithPast):
     fusion_context: Any = None
 
 
-class MllmForConditionalGeneration(PartedModel, GenerationMixin):
+class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
     """Any vision model, a connector, if wanted a deep fusion, and any Hugging Face language model."""
 
     config_class = MllmConfig
@@ -147,16 +145,19 @@ class MllmForConditionalGeneration(PartedModel, GenerationMixin):
         # The placeholder's id may lie beyond the embedding, so it must not be looked up.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, S, Dt]
         context: Context = None
+        if pixel_values is not None and not len(pixel_values):
+            pixel_values = None
         no_image = pixel_values is None
         if pixel_values is None:
             if is_image.any():
                 raise ValueError(f"{int(is_image.sum())} image placeholders, but no pixel_values")
-            if not self.training:
+            # A model that was left in training mode may generate, and its tokens come without images.
+            if not self.training or not torch.is_grad_enabled():
                 return embeds, context
             # On many ranks every rank must call every part in every micro-step, or collectives wait for
             # ever on the rank whose rows hold text only.
             of_images = self._no_image(embeds.device)
-            ((views, _),) = self._image_counts(1, of_images.get("image_sizes"))
+            ((views, _),) = self.image_counts(1, of_images.get("image_sizes"))
             pixel_values = torch.zeros(views, *self.config.pixel_shape, device=embeds.device)
         high = of_images.pop("pixel_values_high", None)
         soft = self.encode_images(pixel_values, **of_images)  # [I, M, D], with tiling [total, D]
@@ -173,7 +174,7 @@ class MllmForConditionalGeneration(PartedModel, GenerationMixin):
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), soft), context
 
-    def _image_counts(self, images: int, image_sizes: torch.Tensor | None) -> list[tuple[int, int]]:
+    def image_counts(self, images: int, image_sizes: torch.Tensor | None) -> list[tuple[int, int]]:
         """(views, placeholders) of each image."""
         if self.tiling is None or image_sizes is None:
             return [(1, self.config.num_image_tokens)] * images
@@ -205,73 +206,13 @@ class MllmForConditionalGeneration(PartedModel, GenerationMixin):
             return None
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
-    def _prepare_position_ids_for_generation(self, inputs_tensor: Any, model_kwargs: Any) -> Any:
-        own = self.position_ids(inputs_tensor, model_kwargs.get("attention_mask"))
-        return (
-            super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs) if own is None else own
-        )
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
-    ) -> Any:
-        """For several beams or answers a row, all its images are repeated in turn, not each by itself."""
-        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
-        if images and expand_size > 1:
-            counts = self._image_counts(len(images["pixel_values"]), images.get("image_sizes"))
-            views, placeholders = torch.tensor(counts, device=input_ids.device).unbind(1)  # [I]
-            in_rows = (input_ids == self.config.image_token_id).sum(1)  # [B]
-            row = torch.searchsorted(in_rows.cumsum(0), placeholders.cumsum(0))  # [I], where each stands
-            for name, tensor in images.items():
-                own = row.repeat_interleave(views) if name == "pixel_values" else row
-                copies = torch.cat([own * expand_size + copy for copy in range(expand_size)])
-                images[name] = tensor[copies.argsort(stable=True) % len(own)]
-        plain: Any = super()
-        ids, kwargs = plain._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
-        )
-        return ids, kwargs | images
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Also hand on what the fusion's layers need at the next token."""
-        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if self.fusion is not None and outputs.fusion_context is not None:
-            updated["fusion_context"] = self.fusion.carry(outputs.fusion_context)
-        return updated
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' `generate`, which an encoder-decoder's prompt enters encoded.
-
-        The result begins with the prompt, that of an encoder-decoder with its start token alone.
-        """
-        ids: Any = kwargs.get("input_ids", inputs)
-        embeds = kwargs.get("inputs_embeds")
-        if self.config.prefix_attention:
-            # Without a cache, every step sees the answer so far among its inputs: it is not the prompt.
-            prompt = ids if embeds is None else embeds[..., 0]  # [B, P]
-            kwargs.setdefault("prefix_mask", torch.ones_like(prompt))
-        if self.config.is_encoder_decoder and kwargs.get("encoder_outputs") is None:
-            of_images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-            if embeds is None:
-                embeds, _ = self.embed(ids, **of_images)  # [B, S, Dt]
-            for name in ("input_ids", "inputs_embeds"):  # these would be taken for the decoder's
-                kwargs.pop(name, None)
-            kwargs["encoder_outputs"] = self.language_model.get_encoder()(
-                inputs_embeds=embeds, attention_mask=kwargs.get("attention_mask"), return_dict=True
-            )
-            inputs = None
-        plain: Any = super()
-        return plain.generate(inputs, *args, **kwargs)
-
     def probe_inputs(self) -> dict[str, torch.Tensor]:
         """One image and eight tokens, which an encoder-decoder also has as its answer."""
         config = self.config
         device: Any = self.get_input_embeddings().weight.device
         text = fixed_ids(config.text_config.vocab_size, config.image_token_id)
         beside = self._no_image(device)
-        ((views, placeholders),) = self._image_counts(1, beside.get("image_sizes"))
+        ((views, placeholders),) = self.image_counts(1, beside.get("image_sizes"))
         image = torch.full((placeholders,), config.image_token_id)
         return {
             "input_ids": torch.cat([image, text])[None].to(device),
@@ -348,6 +289,11 @@ class MllmForConditionalGeneration(PartedModel, GenerationMixin):
                 decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(answer)
             own = {"decoder_input_ids": decoder_input_ids, "encoder_outputs": encoder_outputs}
         else:
+            if self.config.prefix_attention and attention_mask is None:
+                # Positions are counted along it, and no language model can count along the mask made below.
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                attention_mask = torch.ones(len(inputs_embeds), past + inputs_embeds.shape[1])
+                attention_mask = attention_mask.to(inputs_embeds.device)
             if position_ids is None:
                 position_ids = self.position_ids(input_ids, attention_mask)
                 if position_ids is not None:

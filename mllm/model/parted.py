@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.model.vision_encoder import patch_features
 
@@ -73,7 +74,19 @@ class PartedModel(PreTrainedModel):
         for _, part in self.named_parts():
             if mode and not any(p.requires_grad for p in part.parameters()):
                 part.eval()
+                for layer in part.modules():
+                    # transformers recomputes layers in training mode only. Their children stay as they are,
+                    # and so without dropout; OPT's layers, which drop out themselves, are not recomputed.
+                    if isinstance(layer, GradientCheckpointingLayer) and not _has_rate(layer):
+                        layer.training = layer.gradient_checkpointing
         return self
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: activation checkpointing here is the non-reentrant one, which does not need it.
+
+        transformers would make the embeddings' output require a gradient, and with it a frozen vision
+        encoder's, whose backward pass would then be computed for nobody.
+        """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,6 +96,11 @@ class PartedModel(PreTrainedModel):
         if has_manifest(pretrained_model_name_or_path):
             return load_model(pretrained_model_name_or_path, dtype=kwargs.get("dtype"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def _has_rate(layer: nn.Module) -> bool:
+    """Whether a layer holds a number that may be its own rate of dropout."""
+    return any(isinstance(value, float) and value > 0 for value in vars(layer).values())
 
 
 def fixed_pixels(shape: tuple[int, ...] | list[int], device: torch.device | str) -> torch.Tensor:

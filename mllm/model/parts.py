@@ -226,9 +226,9 @@ def load_named(factory: Any, source: Any, what: str, **kwargs: Any) -> Any:
         return source
     try:
         return factory.from_pretrained(resolve(source), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(
-            f"{what}: cannot load {str(source)!r}: {_first_line(error)} "
+            f"{what}: cannot load {str(source)!r}: {_one_line(error)} "
             "(give a directory, or a Hub name that can be reached)"
         ) from error
 
@@ -238,15 +238,23 @@ def load_config(source: Any, what: str) -> PreTrainedConfig:
     if not isinstance(source, Mapping):
         return load_named(AutoConfig, source, what)
     try:
+        known = AutoConfig.for_model(str(source.get("model_type")))
+        # transformers keeps what it does not know, and nothing reads it.
+        if unknown := sorted(key for key in source if not hasattr(known, key)):
+            raise ConfigError(f"{what}: {source['model_type']} has no setting {unknown[0]!r}; remove it")
         return AutoConfig.for_model(**source)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise ConfigError(
-            f"{what}: {_first_line(error)} (a configuration is a model_type of transformers and its settings)"
+            f"{what}: {_one_line(error)} (a configuration is a model_type of transformers and its settings)"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """An error of transformers on one line; some list all models that there are."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def fingerprint(source: str | Path, module: PreTrainedModel) -> str:

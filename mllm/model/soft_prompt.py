@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mllm.errors import ConfigError
+from mllm.model.language_model import decoder_layers
 
 
 class SoftPrompt(nn.Module):
@@ -107,7 +108,8 @@ class SoftPrompt(nn.Module):
             return {**inputs, **changed}
         tokens = self.tokens(batch, embeds.dtype)
         if self.kind == "prefix":
-            if language_model.training and language_model.is_gradient_checkpointing:
+            recomputed = any(layer.training for layer in decoder_layers(language_model))
+            if recomputed and language_model.is_gradient_checkpointing:
                 raise ConfigError(
                     "prefix tuning cannot be trained with gradient checkpointing, which takes the cache away "
                     "from the layers, and the prefix with it; set train.gradient_checkpointing=false"

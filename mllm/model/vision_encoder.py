@@ -84,8 +84,14 @@ def patch_features(
             raise ConfigError(f"vision_feature_layer: {type(vision_encoder).__name__} has no pooled features")
         # [I, Dv], or [I, Dv, 1, 1] of a convolutional network
         return output.pooler_output.flatten(1)[:, None]
-    features = output.last_hidden_state if layer == "last" else output.hidden_states[layer]
-    return features[:, num_prefix_tokens:]
+    if layer == "last":
+        return output.last_hidden_state[:, num_prefix_tokens:]
+    count = len(output.hidden_states)
+    if not -count <= layer < count:
+        raise ConfigError(
+            f"vision_feature_layer is {layer}, but there are {count}; use {-count} to {count - 1}"
+        )
+    return output.hidden_states[layer][:, num_prefix_tokens:]
 
 
 def _inputs(vision_encoder: nn.Module, pixel_values: torch.Tensor) -> dict[str, Any]:
@@ -133,7 +139,15 @@ def feature_shape(
     """
     with torch.device("meta"), torch.no_grad():
         encoder = build_vision_encoder(vision_config, layer)
-        features = patch_features(encoder, torch.empty(1, *pixel_shape), layer, 0)
+        if encoder.main_input_name != "pixel_values":
+            raise ConfigError(f"vision_encoder: a {vision_config.model_type!r} reads no images; name another")
+        try:
+            features = patch_features(encoder, torch.empty(1, *pixel_shape), layer, 0)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"vision_encoder: a {vision_config.model_type!r} cannot read images of {list(pixel_shape)}: "
+                f"{str(error).splitlines()[0]}; change model.image_size or model.image_processor"
+            ) from error
     if features.dim() != 3:
         raise ConfigError(
             f"vision model {vision_config.model_type!r} gives feature maps, no tokens; "

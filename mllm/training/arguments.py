@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from mllm.config import RunConfig, TrainSection
 from mllm.data.files import sha256_of
+from mllm.data.mixture import Mixture
 from mllm.errors import ConfigError
 
 
-def check_deepspeed(options: TrainSection) -> None:
-    """Raise `ConfigError` before anything is loaded if a recipe asks for DeepSpeed and cannot have it."""
+def check_options(options: TrainSection) -> None:
+    """Raise `ConfigError` before anything is loaded where the section `train` asks for what cannot be."""
+    folder = Path(options.output_dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(f"train.output_dir: {str(place)!r} is no folder that can be written; name another")
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        get_scheduler(options.lr_scheduler_type, optimizer, 1, 2, options.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"train.lr_scheduler_type or _kwargs: {error}") from error
+    try:
+        for callback in get_reporting_integration_callbacks(options.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train.report_to: {error}") from error
     if options.deepspeed is None:
         return
     if not Path(options.deepspeed).is_file():
@@ -29,16 +46,20 @@ def check_deepspeed(options: TrainSection) -> None:
         )
 
 
-def training_arguments(config: RunConfig) -> TrainingArguments:
-    """Hugging Face's arguments for a run."""
+def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
+    """Hugging Face's arguments for a run over that many rows.
+
+    Raises:
+        ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data.
+    """
     options = config.train
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=options.output_dir,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.per_device_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         num_train_epochs=options.num_train_epochs,
-        max_steps=options.max_steps,
+        max_steps=options.max_steps or -1,
         lr_scheduler_type=options.lr_scheduler_type,
         lr_scheduler_kwargs=options.lr_scheduler_kwargs,
         # Below 1 it is a share of all steps.
@@ -65,14 +86,33 @@ def training_arguments(config: RunConfig) -> TrainingArguments:
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
     )
+    batch = arguments.train_batch_size * arguments.world_size
+    if config.on_pairs and not 2 <= batch <= rows:
+        raise ConfigError(
+            f"train.per_device_batch_size: a batch has {batch} pairs, the data have {rows}; "
+            "give a size from 2 up, for the negatives, to that"
+        )
+    return arguments
 
 
-def run_record(config: RunConfig, rows: int) -> dict[str, Any]:
+def run_record(config: RunConfig, rows: Mixture) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that made it."""
-    files = [{"path": s.path, "sha256": sha256_of(Path(s.path))} for s in config.data.sources]
+    files = [
+        {
+            "path": path,
+            "sha256": sha256_of(Path(path)),
+            "rows": size,
+            "drawn": drawn,
+            "share": drawn / len(rows),
+        }
+        for path, size, drawn in zip(rows.names, rows.sizes, rows.counts, strict=True)
+    ]
+    data = config.data
+    order = {"mixing": data.mixing, "grouping": data.grouping, "seed": config.train.seed}
     return {
         "stage": config.stage,
         "tune": config.tune.model_dump(),
-        "data": {"files": files, "rows": rows},
-        "recipe": config.model_dump(),
+        "data": {"files": files, "rows": len(rows), **order},
+        "train": config.train.model_dump(),
+        "recipe": config.model_dump(exclude_unset=True),  # what was said, so that it can be run again
     }

@@ -91,20 +91,17 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start a new file, or cut a resumed run's file back to the step it resumes from."""
-        if state.is_world_process_zero:
-            kept = (
-                [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-                if state.global_step
-                else []
-            )
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if state.is_world_process_zero and self.path.exists():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step)
+            self.path.write_text(text, encoding="utf-8")
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """One line a log."""
         if state.is_world_process_zero and logs:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 

@@ -8,11 +8,11 @@ import torch
 
 from mllm.config import RunConfig
 from mllm.errors import ConfigError
-from mllm.model.checkpoint import load, manifest_hash, origin_of
 from mllm.model.pretraining.compose import compose_dual_encoder, compose_qformer_pretraining
 from mllm.model.pretraining.dual_encoder import DualEncoder
 from mllm.model.pretraining.pair_processing import PairProcessor
 from mllm.model.pretraining.qformer_pretraining import QFormerForPretraining
+from mllm.training.build import load_earlier
 
 
 def build_pretraining(config: RunConfig) -> tuple[DualEncoder | QFormerForPretraining, PairProcessor]:
@@ -20,14 +20,7 @@ def build_pretraining(config: RunConfig) -> tuple[DualEncoder | QFormerForPretra
     section, qformer = config.model, config.stage == "pretrain_qformer"
     dtype = getattr(torch, section.dtype)
     if section.init_from is not None:
-        model, processor = load(section.init_from, dtype=dtype)
-        if not isinstance(model, QFormerForPretraining if qformer else DualEncoder):
-            raise ConfigError(
-                f"model.init_from: {section.init_from!r} is a {type(model).__name__}, which the stage "
-                f"{config.stage} does not train; give a checkpoint of that stage"
-            )
-        origin_of(model).parent = {"path": section.init_from, "manifest": manifest_hash(section.init_from)}
-        return model, processor
+        return load_earlier(section.init_from, QFormerForPretraining if qformer else DualEncoder, dtype=dtype)
     options: dict[str, Any] = {
         "vision_encoder": section.vision_encoder,
         "text_encoder": section.text_encoder,
@@ -40,9 +33,10 @@ def build_pretraining(config: RunConfig) -> tuple[DualEncoder | QFormerForPretra
     if not qformer:
         return compose_dual_encoder(**options, objective=section.pretraining.objective)
     connector = dict(section.connector)
-    kind = connector.pop("type")
-    if kind not in ("qformer", "instruct_qformer"):
-        raise ConfigError(f"model.connector: {kind!r} in the stage pretrain_qformer; use type 'qformer'")
+    if connector.pop("type") != "qformer":
+        raise ConfigError("model.connector: the stage pretrain_qformer trains the type 'qformer'; name it")
+    if "vocab_size" in connector:
+        raise ConfigError("model.connector.vocab_size is the tokenizer's in pretrain_qformer; remove it")
     return compose_qformer_pretraining(
         **options,
         connector=connector,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
+from mllm.data.packing import PackingCollator, check_packing
 from mllm.data.pairs import PairCollator
-from mllm.training.arguments import check_deepspeed, run_record, training_arguments
+from mllm.training.arguments import check_options, run_record, training_arguments
+from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
 from mllm.training.resume import last_checkpoint
 from mllm.training.trainer import MllmTrainer
-from mllm.training.tuning import apply_tuning, tuning_table, upcast_trained
+from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
 
 
 def train(
@@ -39,7 +41,7 @@ def train(
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
-    check_deepspeed(options)
+    check_options(options)
     torch.manual_seed(options.seed)  # the connector's first weights
     rows = open_mixture(config.data, options.seed)
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
@@ -47,22 +49,31 @@ def train(
     model: Any
     processor: Any
     model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
-    collator = PairCollator(processor) if config.on_pairs else Collator(processor, config.data.max_length)
+    of_rows = PackingCollator if config.data.packing else Collator
+    collator = PairCollator(processor) if config.on_pairs else of_rows(processor, config.data.max_length)
     reports = apply_tuning(model, config.tune)
+    if config.data.packing:
+        check_packing(model)
+        if config.model.attn_implementation is None:
+            model.language_model.set_attn_implementation("packed")
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
         upcast_trained(model, config.tune)
-    own: Mapping[str, float] = options.learning_rates  # type: ignore[assignment]
-    rates = {part: own.get(part, options.learning_rate) for part, _ in model.named_parts()}
+    rates = part_rates(reports, options)
+    record = run_record(config, rows)
+    arguments = training_arguments(config, len(rows))
     trainer = MllmTrainer(
         model=model,
-        args=training_arguments(config),
+        args=arguments,
+        batches=micro_batches(config, arguments, model, rows, collator),
         train_dataset=rows,
         data_collator=collator,
         processor=processor,
         rates=rates,
-        record=run_record(config, len(rows)),
+        record=record,
         callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir)), *callbacks],
     )
+    if config.data.packing:
+        trainer.add_callback(PackingTrial())
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
@@ -72,6 +83,7 @@ def train(
         for name, count, share in rows.report() if len(rows.names) > 1 else ():
             console.print(f"  {name}: {count:,} rows, {share:.1%}")
         console.print(tuning_table(reports, rates))
-    trainer.train(resume_from_checkpoint=last_checkpoint(options.output_dir, options.resume))
+    checkpoint = last_checkpoint(options.output_dir, options.resume, record["data"])
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return Path(options.output_dir)

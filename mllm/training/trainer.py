@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import ProcessorMixin, Trainer
 
+from mllm.data.sampler import MicroBatches
 from mllm.errors import MllmError
 from mllm.model.checkpoint import part_of, restore, save
 from mllm.model.parted import PartedModel
@@ -31,6 +34,7 @@ class MllmTrainer(Trainer):
         processor: saved with every checkpoint.
         rates: learning rate of each part.
         record: what every manifest should tell of this run.
+        batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
         **kwargs: of `transformers.Trainer`.
     """
 
@@ -40,16 +44,34 @@ class MllmTrainer(Trainer):
         processor: ProcessorMixin,
         rates: Mapping[str, float],
         record: Mapping[str, Any],
+        batches: MicroBatches | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.processor = processor
         self.rates = rates
         self.record = record
+        self.batches = batches
         self.row_ids: list[str] = []
         self.dropped_turns = 0
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
         self.probe: dict[str, Any] = {}
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's own, or one over `batches`."""
+        if self.batches is None:
+            return super().get_train_dataloader()
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,  # type: ignore[arg-type]
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # As on one rank: `accelerator.prepare` would divide among ranks what is divided already.
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser with one group for each part and for decayed or undecayed parameters."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.table import Table
 
-from mllm.config import TuneSection
+from mllm.config import Part, TrainSection, TuneSection
 from mllm.errors import ConfigError
 from mllm.model.adapters import (
     dequantise,
@@ -58,12 +58,16 @@ def apply_tuning(model: PartedModel, tune: TuneSection) -> list[PartReport]:
         One report a part.
 
     Raises:
-        ConfigError: a part cannot be tuned so, or nothing would be trained, or nothing of a part that is not
-            frozen.
+        ConfigError: a part cannot be tuned so or is not there, or nothing would be trained, or nothing of a
+            part that is not frozen.
     """
+    parts = [part for part, _ in model.named_parts()]
+    if absent := sorted(tune.model_fields_set & set(get_args(Part)) - set(parts)):
+        raise ConfigError(f"tune.{absent[0]}: the model has no such part, but {', '.join(parts)}; remove it")
     for part, _ in list(model.named_parts()):
         _clear(model, part, tune)
         _fill(model, part, tune)
+    model.connect()  # again: layers have been replaced
     for part, module in model.named_parts():
         tuning = getattr(tune, part)
         ours = set(inserted_parameters(module)) if tuning in INSERTED else set()
@@ -74,6 +78,9 @@ def apply_tuning(model: PartedModel, tune: TuneSection) -> list[PartReport]:
             parameter.requires_grad_(tuning == "full" or learns)
     _override(model, tune.overrides)
     unused = _freeze_unreachable(model)
+    for place, how in tune.overrides.items():
+        if how == "full" and not any(p.requires_grad for _, p in _under(model, place)):
+            raise ConfigError(f"tune.overrides: the loss does not reach {place!r}; leave it out")
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("nothing is trained: every part is 'frozen' in the section 'tune'")
     reports = [_report(model, part, getattr(tune, part), unused[part]) for part, _ in model.named_parts()]
@@ -99,7 +106,6 @@ def _clear(model: PartedModel, part: str, tune: TuneSection) -> None:
     in_4_bit = part in origin.base and origin.base[part].quantization is not None
     if in_4_bit and tuning != "qlora":
         setattr(model, part, dequantise(module))
-        model.connect()
         del origin.base[part]  # rounded weights are no longer those of the base
     elif part in origin.adapters and not _continues(model, part, tune):
         origin.changed |= {f"{part}.{name}" for name in merge_adapters(module)}
@@ -188,13 +194,17 @@ def _override(model: PartedModel, overrides: Mapping[str, str]) -> None:
             near = difflib.get_close_matches(place, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"tune.overrides: the model has no {place!r}{hint}")
-        for name, parameter in model.named_parameters():
-            if name == place or name.startswith(f"{place}."):
-                if tuning == "full" and not parameter.is_floating_point():
-                    raise ConfigError(
-                        f"tune.overrides: {name} is in 4 bit and cannot be trained; leave it out"
-                    )
-                parameter.requires_grad_(tuning == "full")
+        for name, parameter in _under(model, place):
+            if tuning == "full" and not parameter.is_floating_point():
+                raise ConfigError(f"tune.overrides: {name} is in 4 bit and cannot be trained; leave it out")
+            parameter.requires_grad_(tuning == "full")
+
+
+def _under(model: PartedModel, place: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a module, or the one parameter of that name."""
+    for name, parameter in model.named_parameters():
+        if name == place or name.startswith(f"{place}."):
+            yield name, parameter
 
 
 def _freeze_unreachable(model: PartedModel) -> dict[str, int]:
@@ -263,6 +273,21 @@ def _report(model: PartedModel, part: str, tuning: str, unused: int) -> PartRepo
 def _count(parameter: torch.Tensor) -> int:
     """Weights in a parameter; one in 4 bit holds two in a byte."""
     return getattr(parameter, "quant_state", parameter).shape.numel()
+
+
+def part_rates(reports: list[PartReport], options: TrainSection) -> dict[str, float]:
+    """The learning rate of each part.
+
+    Raises:
+        ConfigError: one is given for a part that is not there or does not learn.
+    """
+    learning = [report.part for report in reports if report.trainable]
+    if idle := sorted(set(options.learning_rates) - set(learning)):
+        raise ConfigError(
+            f"train.learning_rates.{idle[0]}: no such part is trained, but {', '.join(learning)}; remove it"
+        )
+    own: Mapping[str, float] = options.learning_rates  # type: ignore[assignment]
+    return {report.part: own.get(report.part, options.learning_rate) for report in reports}
 
 
 def tuning_table(reports: list[PartReport], rates: Mapping[str, float]) -> Table:

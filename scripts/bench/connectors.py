@@ -124,19 +124,19 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Accuracy over soft tokens an image, the size of a point being the connector's parameters."""
     figure = Figure(figsize=(6.5, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for name, result in results.items():
-        size = 30 + result["connector_parameters"] ** 0.5 / 4
-        axes.scatter(result["tokens_per_image"], result["mean_accuracy"], s=size)
-        axes.annotate(
-            name,
-            (result["tokens_per_image"], result["mean_accuracy"]),
-            xytext=(6, 6),
-            textcoords="offset points",
+    for name, result in sorted(results.items(), key=lambda item: -item[1]["mean_accuracy"]):
+        axes.scatter(
+            result["tokens_per_image"],
+            result["mean_accuracy"],
+            s=30 + result["connector_parameters"] ** 0.5 / 4,
+            alpha=0.7,
+            label=f"{name} {result['mean_accuracy']:.3f}",
         )
     axes.axhline(GOAL, linestyle="--", linewidth=1, color="grey")
     axes.set_xlabel("soft tokens an image")
     axes.set_ylabel("POPE accuracy, mean of three splits")
     axes.margins(0.15)
+    axes.legend(loc="center", fontsize="small", frameon=False, markerscale=0.6)
     axes.grid(alpha=0.3)
     figure.savefig(path)
 

@@ -28,10 +28,12 @@ def test_joined_sets_give_every_row_once(sizes: list[int]) -> None:
 @given(sizes=sizes_of, seed=st.integers(0, 9), data=st.data())
 def test_drawn_shares_are_the_declared_ones(sizes: list[int], seed: int, data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
-    for mixing in ("sqrt", "weights", "concat"):
+    for mixing in ("sqrt", "weights"):
+        want = shares(sizes, mixing, weights) * sum(sizes)  # type: ignore[arg-type]
+        if min(want) < 1:
+            continue
         rows = mixture(sizes, mixing, weights, seed)
         drawn = Counter(rows[i] for i in range(len(rows)))
-        want = shares(sizes, mixing, weights) * sum(sizes)  # type: ignore[arg-type]
         assert sum(drawn.values()) == sum(sizes) == len(rows)
         for k, size in enumerate(sizes):
             times = [drawn[(k, i)] for i in range(size)]
@@ -54,3 +56,7 @@ def test_bad_sets_are_named() -> None:
         mixture([3, 0])
     with pytest.raises(ConfigError, match=r"set 0 has weight -1"):
         mixture([3, 2], "weights", [-1, 1])
+    with pytest.raises(ConfigError, match="set 1 would give none of 12 rows; raise its weight"):
+        mixture([10, 2], "weights", [1, 0.001])
+    with pytest.raises(ConfigError, match="concat takes every row once"):
+        mixture([3, 2], "concat", [1, 2])

@@ -7,7 +7,7 @@ from math import ceil
 import numpy as np
 import pytest
 import torch
-from conftest import make_image_processor, make_picture
+from conftest import make_image_processor, make_language_model, make_picture, make_tokenizer, make_vision
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.image_processing_utils import select_best_resolution
@@ -20,6 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from mllm.errors import ConfigError
 from mllm.model.anyres import AnyRes, build_tiling
+from mllm.model.compose import compose
 
 # As published for both; (width, height) in the original, (height, width) in transformers.
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -216,3 +217,24 @@ def test_what_cannot_be_is_refused(settings: dict, shape: tuple, tokens: int, pr
     with pytest.raises(ConfigError, match=problem) as caught:
         build_tiling(settings, shape, tokens)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("connector", "settings"),
+    [
+        ("concat_linear", {}),  # strips of four patches: as many tokens as a square has, but none
+        ("resampler", {"num_latents": 4, "depth": 1}),
+        ("qformer", {"num_queries": 4, "width": 32, "layers": 1, "heads": 4, "intermediate": 32}),
+        ("glu", {"intermediate": 32}),
+    ],
+)
+def test_tokens_that_are_no_grid_are_refused(connector: str, settings: dict) -> None:
+    with pytest.raises(ConfigError, match="are no grid; use one of linear, mlp, pixel_shuffle"):
+        compose(
+            make_vision(),
+            make_language_model(),
+            {"type": connector, **settings},
+            tokenizer=make_tokenizer(),
+            image_processor=make_image_processor(),
+            tiling={"type": "anyres"},
+        )

@@ -254,6 +254,20 @@ def test_pixels_without_placeholders_raise() -> None:
         model(**processor([[user("hello")]]), pixel_values=torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize("settings", [{}, {"tiling": {"type": "anyres"}}])
+def test_no_images_are_like_none_given(settings: dict[str, Any]) -> None:
+    model, processor = make_model(**settings)
+    batch = dict(processor([mixed_conversations()[1]]))
+    none = {"pixel_values": torch.zeros(0, *model.config.pixel_shape), "image_sizes": torch.zeros(0, 2)}
+    for mode in (model.eval(), model.train()):
+        assert torch.equal(mode(**batch, **none).logits, mode(**batch).logits)
+
+
+def test_a_feature_layer_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="vision_feature_layer is -9, but there are 4; use -4 to 3"):
+        make_model(vision_feature_layer=-9)
+
+
 def test_padding_on_either_side_does_not_move_a_row() -> None:
     """GPT-2 has learnt positions, so a shifted row shows."""
     model, processor = make_model(text="gpt2")

@@ -166,14 +166,14 @@ QFORMER = {
 }
 
 
-def blip(folder: Path, text: str, instruct: bool = False) -> Any:
+def blip(folder: Path, text: str, instruct: bool = False, vocab_size: int = VOCAB) -> Any:
     tokenizer = tokenizer_with_image()
     config_class: Any = InstructBlipConfig if instruct else Blip2Config
     model_class: Any = InstructBlipForConditionalGeneration if instruct else Blip2ForConditionalGeneration
     config = config_class(
         vision_config=MORE_VISION_CONFIGS["instructblip" if instruct else "blip2"]().to_dict(),
         qformer_config=QFORMER,
-        text_config=TEXT_CONFIGS[text](VOCAB),
+        text_config=TEXT_CONFIGS[text](vocab_size),
         num_query_tokens=5,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
@@ -339,17 +339,43 @@ def test_old_and_new_names_on_disk_are_the_same_model(tmp_path: Path, make: Any)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_blip2_of_the_time_before_placeholders_had_an_id(tmp_path: Path) -> None:
-    blip(tmp_path / "stock", "opt")
-    for name, setting in (
-        ("config.json", "image_token_index"),
-        ("processor_config.json", "num_query_tokens"),
-    ):
-        file = tmp_path / "stock" / name
-        content = json.loads(file.read_text())
-        del content[setting]
-        file.write_text(json.dumps(content))
+def edit_json(file: Path, **changes: Any) -> None:
+    """Write settings into a file; None takes one out."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("text", "instruct", "vocab_size"),
+    [("opt", False, VOCAB), ("t5", False, len(make_tokenizer())), ("llama", True, len(make_tokenizer()))],
+)
+def test_blip2_of_the_time_before_placeholders_had_an_id(
+    tmp_path: Path, text: str, instruct: bool, vocab_size: int
+) -> None:
+    """The placeholder is added to the tokenizer on the way, and may have no row in the embedding."""
+    blip(tmp_path / "stock", text, instruct, vocab_size)
+    edit_json(tmp_path / "stock" / "config.json", image_token_index=None)
+    edit_json(tmp_path / "stock" / "processor_config.json", num_query_tokens=None)
     assert import_weights(tmp_path / "stock", tmp_path / "ours").notes == ()
+    assert export_stock(tmp_path / "ours", tmp_path / "back").notes == ()
+
+
+@pytest.mark.parametrize("make", [llava, llava_next])
+def test_processors_of_the_time_before_they_counted(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "stock")
+    counts = ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")
+    edit_json(tmp_path / "stock" / "processor_config.json", **dict.fromkeys(counts))
+    assert import_weights(tmp_path / "stock", tmp_path / "ours").notes == ()
+
+
+def test_a_head_is_tied_where_the_whole_models_configuration_says_so(tmp_path: Path) -> None:
+    theirs = llava(tmp_path / "stock", tie_word_embeddings=True)
+    assert not theirs.config.text_config.tie_word_embeddings
+    import_weights(tmp_path / "stock", tmp_path / "ours")
+    export_stock(tmp_path / "ours", tmp_path / "back")
+    back = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back")
+    assert back.lm_head.weight is back.get_input_embeddings().weight
+    assert torch.equal(back.lm_head.weight, theirs.lm_head.weight)
 
 
 def test_the_sources_own_template_is_taken_unless_one_is_named(tmp_path: Path) -> None:
@@ -422,6 +448,20 @@ def test_the_dtype_of_the_source_is_kept(tmp_path: Path) -> None:
         assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("text", "instruct"), [("opt", False), ("llama", True)])
+def test_what_transformers_keeps_in_float32_may_stay_so(tmp_path: Path, text: str, instruct: bool) -> None:
+    """Of a model in half precision it loads the queries, and BLIP-2's whole Q-Former, in float32."""
+    theirs = blip(tmp_path / "stock", text, instruct).half()
+    theirs.save_pretrained(tmp_path / "stock")
+    import_weights(tmp_path / "stock", tmp_path / "ours")
+    model, processor = load(tmp_path / "ours")
+    assert {p.dtype for p in model.parameters()} == {torch.float16, torch.float32}
+    run(model, dict(processor(QUESTIONS)), theirs=False)  # without an error
+    export_stock(tmp_path / "ours", tmp_path / "back")
+    back = type(theirs).from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[name].half(), tensor) for name, tensor in theirs.state_dict().items())
+
+
 def test_adapters_are_merged(tmp_path: Path) -> None:
     model, processor = make_model("clip", "mlp", "llama")
     layers = list(linear_names(model.language_model, model.get_output_embeddings()))
@@ -490,7 +530,7 @@ def test_a_model_without_a_stock_class_is_refused_by_name(tmp_path: Path) -> Non
     [
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False"),
-        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"vision_feature_layer": [-2, -1]}, r"vision_feature_layer is \[-2, -1\], several layers"),
         ({"vision": "siglip"}, "needs 'full'"),
     ],
 )
@@ -523,7 +563,21 @@ def test_foreign_and_broken_directories_are_refused(tmp_path: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=words):
             import_weights(tmp_path / "stock", tmp_path / "ours")
+    for name, words in (("model.safetensors", "header too small"), ("config.json", "cannot be read")):
+        (tmp_path / "stock" / name).write_text("[1]")
+        with pytest.raises(CheckpointError, match=words):
+            import_weights(tmp_path / "stock", tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_a_blip2_that_reads_text_in_its_qformer_is_refused(tmp_path: Path) -> None:
+    blip(tmp_path / "stock", "opt")
+    config = json.loads((tmp_path / "stock" / "config.json").read_text())
+    config["qformer_config"]["use_qformer_text_input"] = True
+    theirs = Blip2ForConditionalGeneration(Blip2Config.from_dict(config))
+    theirs.save_pretrained(tmp_path / "stock")
+    with pytest.raises(ConfigError, match="use_qformer_text_input is True"):
+        import_weights(tmp_path / "stock", tmp_path / "ours")
 
 
 class Bomb:
@@ -601,7 +655,8 @@ def export_blindly(processor: Any) -> Any:
 # -- BLIP-2's first stage ---------------------------------------------------------------------------
 
 
-def test_a_qformer_comes_from_image_text_retrieval(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_qformer_comes_from_image_text_retrieval(tmp_path: Path, dtype: torch.dtype) -> None:
     tokenizer = make_bert_tokenizer(bos_token="[DEC]")
     config = Blip2Config(
         vision_config=MORE_VISION_CONFIGS["blip2"]().to_dict(),
@@ -609,11 +664,12 @@ def test_a_qformer_comes_from_image_text_retrieval(tmp_path: Path) -> None:
         num_query_tokens=5,
         image_text_hidden_size=16,
     )
-    theirs = randomise(Blip2ForImageTextRetrieval(config))
+    theirs = randomise(Blip2ForImageTextRetrieval(config)).to(dtype)
     theirs.save_pretrained(tmp_path / "stock")
+    theirs.float()
     Blip2Processor(make_image_processor(), tokenizer).save_pretrained(tmp_path / "stock")
     assert import_weights(tmp_path / "stock", tmp_path / "ours").difference <= TOLERANCE
-    model, processor = load(tmp_path / "ours")
+    model, processor = load(tmp_path / "ours", dtype="float32")
     batch = processor(images=[make_picture(1), make_picture(2)], text=["a cat", "the long dog?"])
     with torch.no_grad():
         matching = theirs(**batch, use_image_text_matching_head=True).logits_per_image
@@ -694,6 +750,57 @@ def test_lora_of_stage_2_is_merged_into_another_base(tmp_path: Path) -> None:
     assert export_stock(tmp_path / "ours", tmp_path / "back").notes == ()
 
 
+@pytest.mark.parametrize("prefix", ["", "model.model.", "base_model.model.", "base_model.model.model."])
+def test_names_of_what_was_wrapped_around_the_model_do_not_matter(tmp_path: Path, prefix: str) -> None:
+    original(tmp_path)
+    file = tmp_path / "original" / "mm_projector.bin"
+    saved = torch.load(file)
+    torch.save({prefix + name.removeprefix("model."): tensor for name, tensor in saved.items()}, file)
+    import_weights(tmp_path / "original", tmp_path / "ours")
+    connector = load(tmp_path / "ours")[0].connector
+    assert torch.equal(connector.layers[2].weight, saved["model.mm_projector.2.weight"])
+
+
+def test_the_class_token_is_taken_where_llava_took_it(tmp_path: Path) -> None:
+    original(tmp_path, mm_vision_select_feature="cls_patch")
+    import_weights(tmp_path / "original", tmp_path / "ours")
+    assert load(tmp_path / "ours")[0].config.num_image_tokens == (IMAGE_SIZE // 8) ** 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("absent", "words"),
+    [
+        ("adapter_config.json", "belongs to adapters, but adapter_config.json is missing"),
+        ("adapter_model.safetensors", r"adapter_model.bin: is missing"),
+        ("non_lora_trainables.bin", "no projector"),
+        ("config.json", "cannot be read"),
+    ],
+)
+def test_no_file_of_an_original_may_be_missing(tmp_path: Path, absent: str, words: str) -> None:
+    original(tmp_path, lora=True)
+    (tmp_path / "original" / absent).unlink()
+    with pytest.raises(CheckpointError, match=words):
+        import_weights(tmp_path / "original", tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_no_setting_of_an_original_may_be_missing(tmp_path: Path) -> None:
+    bases = original(tmp_path)
+    file = tmp_path / "original" / "config.json"
+    whole = file.read_text()
+    for name, option in {
+        "mm_vision_tower": "; give --vision-encoder",
+        "_name_or_path": "; give --language-model",
+        "hidden_size": "",
+    }.items():
+        edit_json(file, **{name: None})
+        with pytest.raises(CheckpointError, match=f"config.json has no '{name}'{option}$"):
+            import_weights(tmp_path / "original", tmp_path / "ours")
+        file.write_text(whole)
+    edit_json(file, mm_vision_tower=None, _name_or_path=None)
+    import_weights(tmp_path / "original", tmp_path / "ours", **bases)
+
+
 def test_originals_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, (settings, words) in enumerate(
         [
@@ -701,6 +808,7 @@ def test_originals_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: 
             ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
             ({"kind": "cabstract"}, "mm_projector_type is 'cabstract'"),
             ({"mm_hidden_size": 48}, "the projector is not what config.json says"),
+            ({"mm_vision_select_feature": "cls"}, "mm_vision_select_feature is 'cls'; patch, cls_patch"),
         ]
     ):
         original(tmp_path / str(number), **settings)

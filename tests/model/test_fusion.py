@@ -28,6 +28,7 @@ from mllm.decoding import generate
 from mllm.decoding.contrastive import two_branches
 from mllm.errors import ConfigError
 from mllm.model import MllmForConditionalGeneration, MllmProcessor
+from mllm.model.adapters import is_adapter
 from mllm.model.checkpoint import save
 from mllm.model.compose import compose
 from mllm.model.fusion import FUSIONS, build_fusion
@@ -49,15 +50,23 @@ FUSION: dict[str, dict[str, Any]] = {
         "heads": 2,
     },
 }
+FUSION["stack"] = {
+    "of": [
+        {"type": "visual_expert", "shared_positions": False},
+        {"type": "high_res_cross_attention", **FUSION["high_res_cross_attention"]},
+    ]
+}
 CONNECTOR: dict[str, dict[str, Any]] = {
     "gated_cross_attention": {"type": "resampler", "project": False, "num_latents": 3, "depth": 1},
     "visual_expert": {"type": "glu", "intermediate": 32},
     "high_res_cross_attention": {"type": "linear"},
+    "stack": {"type": "glu", "intermediate": 32},
 }
 WORKS_WITH = {
     "gated_cross_attention": ["llama", "qwen2", "mistral", "phi", "opt", "gpt2"],
     "visual_expert": ["llama", "qwen2", "mistral", "phi", "opt"],
     "high_res_cross_attention": ["llama", "qwen2", "mistral"],
+    "stack": ["llama", "qwen2"],
 }
 CASES = [(fusion, text) for fusion, texts in WORKS_WITH.items() for text in texts]
 every_case = pytest.mark.parametrize(("kind", "text"), CASES, ids=["-".join(case) for case in CASES])
@@ -161,7 +170,7 @@ def test_the_first_step_computes_the_bare_language_model(kind: str, text: str) -
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         want = bare(inputs_embeds=embeds, attention_mask=mask, position_ids=positions).logits
     found = logits_of(model, **batch)
-    if kind == "visual_expert":  # the same sums over fewer rows at a time
+    if kind in ("visual_expert", "stack"):  # the same sums over fewer rows at a time
         torch.testing.assert_close(found, want, atol=2e-4, rtol=1e-4)
     else:
         assert torch.equal(found, want)
@@ -213,7 +222,7 @@ def test_images_reach_their_own_row_only(kind: str, text: str) -> None:
     starts = row.nonzero()[:: model.config.num_image_tokens, 0]
     assert moved[[0, 1, 3]].max() == 0
     assert moved[2, -1] > 1e-4
-    if kind != "high_res_cross_attention":
+    if kind not in ("high_res_cross_attention", "stack"):
         assert moved[2, : starts[1]].max() == 0
 
 
@@ -245,7 +254,36 @@ def test_contrastive_decoding(kind: str) -> None:
     assert contrasted.equal(generate(model, batch, "vcd,alpha=3", max_new_tokens=5, use_cache=False))
 
 
+@every_fusion
+def test_a_model_left_in_training_mode_generates_the_same(kind: str) -> None:
+    model, processor, _ = make(kind, learned=True)
+    batch = processor(mixed_conversations())
+    want = generate(model, batch, max_new_tokens=5)
+    assert generate(model.train(), batch, max_new_tokens=5).equal(want)
+
+
 # -- training and checkpoints -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tuning", ["lora", "ia3"])
+@every_fusion
+def test_adapters_compute_the_same_on_their_own_loaded_and_merged(
+    kind: str, tuning: Any, tmp_path: Path
+) -> None:
+    model, processor, _ = make(kind, learned=True)
+    apply_tuning(model, TuneSection(language_model=tuning))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval()
+    batch = processor(mixed_conversations())
+    want = logits_of(model, **batch)
+    loaded, _ = mllm.load(save(model, processor, tmp_path / "saved"))
+    assert torch.equal(logits_of(loaded, **batch), want)
+    apply_tuning(model, TuneSection(language_model="frozen"))
+    assert not any(is_adapter(name) for name, _ in model.named_parameters())
+    torch.testing.assert_close(logits_of(model, **batch), want, atol=1e-4, rtol=1e-4)
 
 
 @every_fusion
@@ -280,22 +318,23 @@ def test_everything_learns(kind: str) -> None:
         # A key's bias adds the same to every score of a query, and the softmax takes it away again.
         still = name.endswith("k_proj.bias")
         # Behind the last keys and values, image positions are read by none.
-        still |= name.startswith("fusion.experts.1.") and not name.endswith(
-            ("k_proj.weight", "v_proj.weight")
-        )
+        still |= "experts.1." in name and not name.endswith(("k_proj.weight", "v_proj.weight"))
         if not still:
             assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @every_fusion
-def test_recomputing_layers_changes_no_gradient(kind: str) -> None:
+def test_recomputing_layers_changes_no_gradient(kind: str, frozen: bool) -> None:
     model, processor, _ = make(kind, learned=True)
+    model.language_model.requires_grad_(not frozen)
     model.train()
     first, second = (training_batch(processor, mixed_conversations()[n:]) for n in (0, 2))
     model(**first).loss.backward()
     model(**second).loss.backward()
     want = gradients(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
     # Both forwards before a backward: what is recomputed must belong to the right one.
     (model(**first).loss + model(**second).loss).backward()
     for name, gradient in gradients(model).items():
@@ -660,6 +699,18 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 def test_layers_of_another_make(kind: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(kind, text)
+
+
+def test_several_vision_encoders_beside_one_of_its_own() -> None:
+    kind = "high_res_cross_attention"
+    with pytest.raises(ConfigError, match="give one vision encoder, not several"):
+        compose(
+            [make_vision("clip"), make_vision("dinov2")],
+            make_language_model(),
+            tokenizer=make_tokenizer(),
+            image_processor=[make_image_processor(), make_image_processor()],
+            fusion={"type": kind, **FUSION[kind]},
+        )
 
 
 def test_encoder_decoders() -> None:

@@ -111,6 +111,15 @@ def test_cached_generation_is_uncached_generation(composed: Composed) -> None:
         )
 
 
+@pytest.mark.parametrize("text", ["llama", "opt"])
+def test_no_mask_is_a_mask_of_ones(text: str) -> None:
+    model, processor = make_model(text=text, attention="prefix")
+    batch = dict(processor([mixed_conversations()[0]]))
+    want = logits(model, batch)
+    assert torch.equal(batch.pop("attention_mask"), torch.ones_like(batch["input_ids"]))
+    assert torch.equal(logits(model, batch), want)
+
+
 def test_eager_attention_computes_the_same() -> None:
     model, processor = make_model(attention="prefix")
     batch = batch_of(processor, ROWS)

@@ -227,6 +227,15 @@ def test_a_prompt_trains_under_gradient_checkpointing_and_a_prefix_says_that_it_
         torch.testing.assert_close(learned.grad, want, atol=1e-6, rtol=1e-5)
 
 
+def test_a_frozen_prefix_is_not_lost_under_gradient_checkpointing() -> None:
+    model, processor = tuned("prefix")
+    inputs = processor(mixed_conversations())
+    apply_tuning(model, TuneSection(connector="full", language_model="frozen"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with pytest.raises(ConfigError, match="gradient_checkpointing=false"):
+        model.train()(**inputs, labels=labels_of(inputs))
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 def test_learned_tokens_train_in_float32_beside_smaller_weights(kind: str) -> None:
     model, processor = tuned(kind)

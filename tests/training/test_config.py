@@ -7,7 +7,7 @@ import pytest
 import yaml
 from runs import run_config
 
-from mllm.config import RECIPES, RunConfig, load_recipe, shipped_recipes
+from mllm.config import RECIPES, RunConfig, SourceSection, load_recipe, shipped_recipes
 from mllm.data.templates import TEMPLATES
 from mllm.errors import ConfigError
 from mllm.model.connectors import CONNECTORS
@@ -125,6 +125,101 @@ def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
         load_recipe("zzzzz")
 
 
+PAIRS = {"vision_encoder": "v", "text_encoder": "t", "tokenizer": "t"}
+ALIGN: dict[str, Any] = MINIMAL["model"]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        # Keys that nothing would read.
+        *(
+            (
+                {"stage": stage, "model": {**PAIRS, key: value}},
+                f"model.{key} means nothing in the stage {stage}",
+            )
+            for stage in ("pretrain_vision", "pretrain_qformer")
+            for key, value in {
+                "template": "plain",
+                "fusion": {"type": "visual_expert"},
+                "image_size": 9,
+            }.items()
+        ),
+        (
+            {"stage": "pretrain_vision", "model": {**PAIRS, "connector": {"type": "mlp"}}},
+            "model.connector means",
+        ),
+        (
+            {"stage": "pretrain_qformer", "model": {"init_from": "c", "attn_implementation": "sdpa"}},
+            "model.attn_implementation means nothing",
+        ),
+        (
+            {"stage": "pretrain_qformer", "model": {**PAIRS, "pretraining": {"objective": "clip"}}},
+            "objective is of the stage pretrain_vision",
+        ),
+        (
+            {"stage": "pretrain_vision", "model": PAIRS, "data": {"path": "a", "max_length": 9}},
+            "max_text_length",
+        ),
+        ({"stage": "pretrain_vision", "model": {**PAIRS, "vision_encoder": ["v", "w"]}}, "give no list"),
+        ({"model": {**ALIGN, "text_encoder": "t"}}, "model.text_encoder means nothing in the stage align"),
+        (
+            {"model": {**ALIGN, "pretraining": {"embed_dim": 8}}},
+            "model.pretraining means nothing in the stage",
+        ),
+        ({"tune": {"lora": {"r": 4}}}, "tune: lora has settings, but no part is tuned as lora or qlora"),
+        ({"tune": {"language_model": "ia3", "lora": {"target_modules": ["q"]}}}, "no part is tuned as lora"),
+        ({"tune": {"language_model": "lora", "adapter": {"size": 4}}}, "no part is tuned as adapter"),
+        ({"data": {"path": "a", "mixing": "sqrt"}}, "one data set, which mixing 'sqrt' means nothing for"),
+        ({"data": {"path": [{"path": "a", "weight": 2}]}}, "one data set, which weight means nothing for"),
+        (
+            {"train": {"output_dir": "o", "save_total_limit": 2}},
+            "save_total_limit is given, but nothing is saved",
+        ),
+        # Values that cannot be.
+        ({"data": {"path": []}}, "data.path: List should have at least 1 item"),
+        (
+            {"data": {"path": ["a", {"path": "b", "weight": 0}]}},
+            "data.path.1.weight: .* greater than 0, found 0",
+        ),
+        (
+            {"data": {"path": ["a", {"path": "b", "wieght": 1}]}},
+            "'data.path.1.wieght'; did you mean 'weight'",
+        ),
+        ({"model": {**ALIGN, "connector": {"depth": 2}}}, "model: connector is .* needs a 'type'"),
+        ({"model": {**ALIGN, "fusion": {}}}, "model: fusion is {}; it needs a 'type'"),
+        (
+            {"model": {**ALIGN, "tiling": {"type": "anyres"}, "image_aspect_ratio": "pad"}},
+            "tiling pads images",
+        ),
+        ({"model": {**ALIGN, "vision_encoder": []}}, "vision_encoder is an empty list"),
+        ({"model": {**ALIGN, "image_processor": ["a", "b"]}}, "image_processor: 2 for 1 vision encoders"),
+        ({"model": {"init_from": "o"}, "train": {"output_dir": "o"}}, "'o' is what the run starts from"),
+        ({"train": {"output_dir": ""}}, "train.output_dir: String should have at least 1 character"),
+        ({"train": {"output_dir": "o", "bf16": True, "fp16": True}}, "bf16 and fp16 are both true"),
+        (
+            {"train": {"output_dir": "o", "max_steps": 0}},
+            "train.max_steps: .*greater than or equal to 1, found 0",
+        ),
+        (
+            {"train": {"output_dir": "o", "learning_rates": {"connector": 0}}},
+            "learning_rates.connector: .*found 0",
+        ),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_is_refused(recipe: Path, change: Any, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as error:
+        load_recipe(written(recipe, **change))
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_said_can_be_said_again() -> None:
+    """A manifest keeps the recipe in this form; every shipped one must load from it."""
+    for name in shipped_recipes():
+        config = load_recipe(name)
+        assert RunConfig.model_validate(config.model_dump(exclude_unset=True)) == config
+
+
 # -- overrides --------------------------------------------------------------------------------------
 
 
@@ -140,10 +235,10 @@ def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
         ("train.learning_rates.connector=2e-5", {"connector": 2e-5}),
         ("train.resume=runs/x/checkpoint-5", "runs/x/checkpoint-5"),
         ("train.resume=true", True),
-        ("train.save_total_limit=null", None),
+        ("train.warmup_steps=null", None),
         ("train.report_to=[tensorboard]", ["tensorboard"]),
-        ("data.path=a=b.jsonl", "a=b.jsonl"),
-        ("data.path=[a.jsonl, b.jsonl]", ["a.jsonl", "b.jsonl"]),
+        ("data.path=a=b.jsonl", [SourceSection(path="a=b.jsonl")]),
+        ("data.path=[a.jsonl, b.jsonl]", [SourceSection(path="a.jsonl"), SourceSection(path="b.jsonl")]),
         ("data.image_root='007'", "007"),
         ("model.vision_feature_layer=last", "last"),
         ("model.vision_feature_layer=-1", -1),
@@ -151,7 +246,7 @@ def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
     ],
 )
 def test_overrides(recipe: Path, override: str, value: Any) -> None:
-    config: Any = load_recipe(recipe, ["train.save_total_limit=1", override])
+    config: Any = load_recipe(recipe, ["train.warmup_steps=1", "tune.language_model=lora", override])
     key = override.partition("=")[0].removesuffix(".connector")
     for step in key.split("."):
         config = getattr(config, step)
@@ -217,7 +312,7 @@ def test_the_settings_are_llava_1_5s(
     assert (config.model.template, config.model.image_aspect_ratio) == (template, aspect)
     assert (tune.vision_encoder, tune.connector, tune.language_model) == tuning
     assert (train.lr_scheduler_type, train.warmup_ratio, train.weight_decay) == ("cosine", 0.03, 0.0)
-    assert (train.num_train_epochs, train.max_steps, train.gradient_accumulation_steps) == (1, -1, 1)
+    assert (train.num_train_epochs, train.max_steps, train.gradient_accumulation_steps) == (1, None, 1)
     assert (train.bf16, train.gradient_checkpointing, config.data.max_length) == (True, True, 2048)
 
 
@@ -251,7 +346,7 @@ def test_arguments_reach_the_trainer(tmp_path: Path) -> None:
         "seed": 7,
     }
     arguments = training_arguments(
-        run_config(tmp_path, tmp_path / "run", ("frozen", "full", "frozen"), **options)
+        run_config(tmp_path, tmp_path / "run", ("frozen", "full", "frozen"), **options), rows=100
     )
     assert (arguments.learning_rate, arguments.weight_decay, arguments.max_grad_norm) == (2e-4, 0.1, 0.5)
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 5)

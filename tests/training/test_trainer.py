@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import mllm
-from mllm.config import RunConfig
+from mllm.config import DataSection, RunConfig, SourceSection
 from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
 from mllm.errors import CheckpointError, ConfigError
@@ -49,7 +49,9 @@ class Gradients(TrainerCallback):
 
 
 def with_rows(config: RunConfig, path: Path) -> RunConfig:
-    data = config.data.model_copy(update={"path": str(path), "image_root": str(path.parent)})
+    data = config.data.model_copy(
+        update={"path": [SourceSection(path=str(path))], "image_root": str(path.parent)}
+    )
     return config.model_copy(update={"data": data})
 
 
@@ -341,19 +343,59 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path: Path, name: s
             assert all(torch.equal(left[n], right[n]) for n in left)
 
 
+def test_a_run_resumes_on_the_rows_that_it_began_with(world: Path, tmp_path: Path) -> None:
+    output, tuning = tmp_path / "run", TUNINGS["connector"]
+    train(run_config(world, output, tuning, max_steps=2, save_steps=1))
+    moved = write_rows(tmp_path / "moved")
+    resumed = with_rows(run_config(world, output, tuning, resume=True), moved)
+    train(resumed)  # the same rows in another place
+    other = write_rows(tmp_path / "other", count=13)
+    for changed in (
+        with_rows(run_config(world, output, tuning, resume=True, max_steps=4), other),
+        run_config(world, output, tuning, resume=True, max_steps=4, seed=7),
+    ):
+        with pytest.raises(ConfigError, match=r"train.resume: .* was trained on other data, or with another"):
+            train(changed)
+
+
+def test_a_mixture_is_recorded_and_resumes_as_it_was_drawn(world: Path, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few", count=4)
+    sources = [world / "rows" / "rows.jsonl", few]
+    listed = [{"path": str(path), "image_root": str(path.parent)} for path in sources]
+
+    def mixed(output: Path, **train_options: Any) -> RunConfig:
+        made = run_config(world, output, TUNINGS["connector"], save_steps=2, **train_options)
+        data = DataSection.model_validate({"path": listed, "mixing": "sqrt"})
+        return made.model_copy(update={"data": data})
+
+    whole = train(mixed(tmp_path / "whole", max_steps=4))
+    train(mixed(tmp_path / "cut", max_steps=2))
+    resumed = train(mixed(tmp_path / "cut", max_steps=4, resume=True))
+    ours, theirs = (mllm.load(path)[0].state_dict() for path in (whole, resumed))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    data = json.loads((whole / "mllm_manifest.json").read_text())["data"]
+    # Roots of 16 and 4 rows: 2 to 1 of the 20.
+    assert [(file["rows"], file["drawn"], file["share"]) for file in data["files"]] == [
+        (16, 13, 13 / 20),
+        (4, 7, 7 / 20),
+    ]
+    assert data["mixing"] == "sqrt"
+
+
 def test_resume_takes_the_newest_complete_checkpoint(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    assert last_checkpoint(output, True) is None
+    assert last_checkpoint(output, True, {}) is None
     train(run_config(world, output, TUNINGS["connector"], save_steps=1))
+    data = json.loads((output / "mllm_manifest.json").read_text())["data"]
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-10")
-    assert last_checkpoint(output, True) == str(output / "checkpoint-10")  # by number, not by letter
+    assert last_checkpoint(output, True, data) == str(output / "checkpoint-10")  # by number, not by letter
     (output / "checkpoint-10" / "trainer_state.json").unlink()  # killed while it was written
-    assert last_checkpoint(output, True) == str(output / "checkpoint-3")
-    assert last_checkpoint(output, False) is None
+    assert last_checkpoint(output, True, data) == str(output / "checkpoint-3")
+    assert last_checkpoint(output, False, data) is None
     with pytest.raises(
         ConfigError, match=r"train.resume: .*checkpoint-10' is no complete training checkpoint"
     ):
-        last_checkpoint(output, str(output / "checkpoint-10"))
+        last_checkpoint(output, str(output / "checkpoint-10"), data)
     again = train(run_config(world, output, TUNINGS["connector"], resume=str(output / "checkpoint-2")))
     assert [line["step"] for line in metrics(again)] == [1, 2, 3]
 
@@ -440,7 +482,7 @@ def test_two_processes_are_one(world: Path, tmp_path: Path, name: str) -> None:
         save_steps=1,
     )
     recipe = tmp_path / "two.yaml"
-    recipe.write_text(yaml.safe_dump(two.model_dump()))
+    recipe.write_text(yaml.safe_dump(two.model_dump(exclude_unset=True)))
     train(one)
     launched = subprocess.run(
         [

@@ -15,6 +15,7 @@ from mllm.data.collator import Collator
 from mllm.errors import ConfigError
 from mllm.model import MllmForConditionalGeneration, MllmProcessor
 from mllm.model.adapters import is_adapter
+from mllm.model.language_model import decoder_layers
 from mllm.training.tuning import PartReport, apply_tuning, tuning_table, upcast_trained
 
 PARTS = ("vision_encoder", "connector", "language_model")
@@ -177,6 +178,24 @@ def test_a_frozen_part_uses_no_dropout() -> None:
     assert not model.vision_encoder.training
     assert model.connector.training
     assert model.language_model.training
+
+
+@pytest.mark.parametrize(("text", "times"), [("llama", 2), ("gpt2", 2), ("opt", 1)])
+def test_a_frozen_language_model_is_recomputed_without_dropout(text: str, times: int) -> None:
+    """GPT-2 has dropout in modules; OPT's layers have it in themselves, and are not recomputed."""
+    model, processor = make_model(text=text)
+    apply_tuning(model, section("frozen", "full", "frozen"))
+    batch = batch_of(processor)
+    want = model(**batch).loss
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls: list[Any] = []
+    inside: Any = next(decoder_layers(model.language_model)[0].children())
+    inside.register_forward_hook(lambda *_: calls.append(1))
+    loss = model.train()(**batch).loss
+    loss.backward()
+    assert len(calls) == times
+    torch.testing.assert_close(loss, want)
+    assert not any(layer.training for layer in decoder_layers(model.eval().language_model))
 
 
 def test_what_is_trained_is_float32_and_what_is_frozen_stays_small() -> None:

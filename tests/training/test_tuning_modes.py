@@ -21,6 +21,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from runs import logits_of, make_rows
 from test_tuning import mathematically_still, two_steps
+from transformers import BartConfig, BartForConditionalGeneration
 
 import mllm
 from mllm.config import TuneSection
@@ -29,6 +30,7 @@ from mllm.data.schema import user
 from mllm.errors import ConfigError
 from mllm.model import MllmForConditionalGeneration, MllmProcessor
 from mllm.model.adapters import insert, is_adapter
+from mllm.model.bottleneck import insert_bottlenecks, output_projections
 from mllm.model.checkpoint import MANIFEST, save
 from mllm.training.tuning import apply_tuning
 
@@ -46,11 +48,14 @@ SETTINGS = {
     "prompt": {"length": 5},
     "adapter": {"size": 8},
 }
+USED = {"qlora": "lora", "dora": "lora", "rslora": "lora"}
 
 
 def section(**parts: Any) -> TuneSection:
     """The tuning of the parts given; all others are frozen."""
-    return TuneSection.model_validate({"connector": "frozen", **SETTINGS, **parts})
+    used = {USED.get(tuning, tuning) for tuning in parts.values() if isinstance(tuning, str)}
+    settings = {name: SETTINGS[name] for name in SETTINGS if name in used}
+    return TuneSection.model_validate({"connector": "frozen", **settings, **parts})
 
 
 def tuned(vision: str = "clip", text: str = "llama", **parts: Any) -> tuple[Any, MllmProcessor]:
@@ -258,7 +263,7 @@ def bottlenecks(model: Any) -> list[str]:
     return [name.removesuffix(".bottleneck") for name in names]
 
 
-REFUSED = {"t5": "T5Block is not attention", "bit": "no list of", "resnet": "no list of"}
+REFUSED = {"t5": "no one list of", "bit": "no one list of", "resnet": "no one list of"}
 
 
 def test_every_family_is_tried() -> None:
@@ -337,7 +342,7 @@ def test_a_recipe_that_cannot_be_is_refused_when_it_is_read(parts: dict[str, str
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
-        ({"connector": "adapter"}, "tune.connector is 'adapter': .* no list of transformer layers"),
+        ({"connector": "adapter"}, "tune.connector is 'adapter': .* no one list of transformer layers"),
         ({"language_model": "qlora"}, "is 'qlora', but is not in 4 bit; compose with quantization='nf4'"),
     ],
 )
@@ -346,6 +351,17 @@ def test_a_part_without_a_place_for_it_is_refused(parts: dict[str, str], reason:
     with pytest.raises(ConfigError, match=reason) as error:
         apply_tuning(model, section(**parts))
     assert "\n" not in str(error.value)
+
+
+def test_layers_that_are_not_one_known_stack_are_refused() -> None:
+    """BART's would have been found in its encoder alone."""
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64}
+    part = BartForConditionalGeneration(BartConfig(vocab_size=50, **sizes))
+    with pytest.raises(ConfigError, match="BartForConditionalGeneration has no one list"):
+        insert_bottlenecks(part, "adapter", size=4, placement="houlsby")
+    block = make_language_model("t5").encoder.block[0]
+    with pytest.raises(ConfigError, match="T5Block is not attention followed by"):
+        output_projections(block, width=32)
 
 
 def test_a_connector_without_linear_layers_is_refused() -> None:

@@ -25,6 +25,7 @@ from mllm.training.tuning import apply_tuning
 pytest.importorskip("bitsandbytes")
 QLORA = ("frozen", "full", "qlora")
 STAGE_1 = ("frozen", "full", "frozen")
+WITH_QLORA = TuneSection(language_model="qlora")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,22 @@ def test_a_language_model_that_was_trained_is_not_put_in_4_bit(
     first = train(run_config(world, tmp_path / "first", tuning, max_steps=1))
     with pytest.raises(ConfigError, match=r"its language model was trained .*; tune it as 'lora', or export"):
         train(run_config(world, tmp_path / "second", QLORA, {"init_from": str(first)}))
+
+
+def test_experts_start_as_what_the_layers_in_4_bit_compute(worlds: Any) -> None:
+    section = run_config(worlds("llama"), Path("none"), QLORA).model
+    fusion, connector = {"type": "visual_expert"}, {"type": "glu", "intermediate": 32}
+    model, _ = build(section.model_copy(update={"fusion": fusion, "connector": connector}), TuneSection())
+    packed, _ = build(section.model_copy(update={"fusion": fusion, "connector": connector}), WITH_QLORA)
+    layer = packed.language_model.model.layers[0].mlp.down_proj
+    assert layer.weight.dtype == torch.uint8
+    expert = packed.fusion.experts[0]["mlp_down_proj"]
+    x = torch.randn(5, expert.in_features)
+    with torch.no_grad():
+        for handle in packed.fusion._handles:  # without them the layer takes any input
+            handle.remove()
+        torch.testing.assert_close(expert(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(expert.weight, model.fusion.experts[0]["mlp_down_proj"].weight)
 
 
 def test_an_object_is_not_put_in_4_bit(worlds: Any) -> None:

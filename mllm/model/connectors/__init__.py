@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mllm.errors import ConfigError
 from mllm.model.connectors.base import Connector, check_positive
 from mllm.model.connectors.concat_linear import ConcatLinearConnector
 from mllm.model.connectors.glu import GluConnector
@@ -15,6 +14,7 @@ from mllm.model.connectors.mlp import MlpConnector
 from mllm.model.connectors.pixel_shuffle import PixelShuffleConnector
 from mllm.model.connectors.qformer import InstructQFormerConnector, QFormerConnector
 from mllm.model.connectors.resampler import ResamplerConnector
+from mllm.model.typed import build_typed
 
 CONNECTORS: dict[str, type[Connector]] = {
     "linear": LinearConnector,
@@ -35,15 +35,8 @@ def build_connector(settings: Mapping[str, Any], vision_dim: int, text_dim: int)
     Raises:
         ConfigError: unknown type or argument, listing the known ones.
     """
-    arguments = dict(settings)
-    kind = arguments.pop("type", None)
-    if kind not in CONNECTORS:
-        raise ConfigError(f"unknown connector type {kind!r}; use one of {', '.join(CONNECTORS)}")
     check_positive(vision_dim=vision_dim, text_dim=text_dim)
-    try:
-        return CONNECTORS[kind](vision_dim, text_dim, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"connector {kind!r}: {error}") from error
+    return build_typed("connector", CONNECTORS, settings, vision_dim, text_dim)
 
 
 __all__ = ["CONNECTORS", "Connector", "build_connector"]

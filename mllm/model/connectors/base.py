@@ -16,6 +16,8 @@ class Connector(nn.Module):
 
     reads_text: bool = False  # whether `forward` needs the instruction
 
+    keeps_grid: bool = False  # whether a square of patches becomes a square of tokens, for tiling
+
     def num_tokens(self, num_patches: int) -> int:
         """M, the number of soft tokens for N patches; the processor asks once.
 

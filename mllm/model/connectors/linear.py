@@ -15,6 +15,8 @@ class LinearConnector(Connector):
         text_dim: Dt.
     """
 
+    keeps_grid = True
+
     def __init__(self, vision_dim: int, text_dim: int):
         super().__init__()
         self.out_dim = text_dim

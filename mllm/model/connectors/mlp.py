@@ -17,6 +17,8 @@ class MlpConnector(Connector):
         depth: number of linear layers; LLaVA-1.5 has 2. GELU is the exact one.
     """
 
+    keeps_grid = True
+
     def __init__(self, vision_dim: int, text_dim: int, depth: int = 2):
         super().__init__()
         self.out_dim = text_dim

@@ -19,6 +19,8 @@ class PixelShuffleConnector(Connector):
         factor: patches along one side of a square; nanoVLM has 4 (v0.1: 2).
     """
 
+    keeps_grid = True
+
     def __init__(self, vision_dim: int, text_dim: int, factor: int = 2):
         super().__init__()
         check_positive(factor=factor)

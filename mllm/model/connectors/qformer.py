@@ -105,7 +105,10 @@ class QFormer(nn.Module):
         parts = [] if queries is None else [queries]
         if text_ids is not None:
             parts.append(self._embed(text_ids))
-        x = self.dropout(self.norm(torch.cat(parts, dim=1)))  # [B, Q + T, D]
+        # transformers keeps what it likes in float32 where the rest is float16, and saves it so.
+        dtype = self.norm.weight.dtype
+        features = None if features is None else features.to(dtype)
+        x = self.dropout(self.norm(torch.cat(parts, dim=1).to(dtype)))  # [B, Q + T, D]
         mask = attention_mask
         if mask is not None:
             mask = mask.bool()  # SDPA would add anything else to the scores
@@ -180,7 +183,10 @@ class QFormerConnector(Connector):
 
     def forward(self, features: Tensor, text: Text = None, text_mask: Text = None) -> Tensor:
         """[I, N, Dv] -> [I, Q, Dt]; does not read text."""
-        return self.proj(self.qformer(self.query.expand(len(features), -1, -1), features))
+        return self._project(self.qformer(self.query.expand(len(features), -1, -1), features))
+
+    def _project(self, queries: Tensor) -> Tensor:
+        return self.proj(queries.to(self.proj.weight.dtype))
 
 
 class InstructQFormerConnector(QFormerConnector):
@@ -224,4 +230,4 @@ class InstructQFormerConnector(QFormerConnector):
         mask = torch.ones_like(text) if text_mask is None else text_mask
         mask = F.pad(mask.bool(), (num_queries, 0), value=True)  # [I, Q + L]
         hidden = self.qformer(self.query.expand(len(features), -1, -1), features, text, mask)
-        return self.proj(hidden[:, :num_queries])
+        return self._project(hidden[:, :num_queries])

@@ -16,7 +16,7 @@ from mllm.errors import CheckpointError, ConfigError
 from mllm.model.convert.original_llava import import_original, is_original
 from mllm.model.convert.proof import Proof
 from mllm.model.convert.retrieval import RETRIEVAL, import_retrieval
-from mllm.model.convert.stock import FAMILIES, architecture, export_stock, import_stock
+from mllm.model.convert.stock import FAMILIES, architecture, check_new, export_stock, import_stock
 
 
 def import_weights(
@@ -30,6 +30,7 @@ def import_weights(
 
     What they are is read from their files; see `import_stock`, `import_retrieval`, `import_original`.
     """
+    check_new(out)
     if is_original(source):
         return import_original(source, out, template or "vicuna_v1", language_model, vision_encoder)
     if language_model or vision_encoder:
@@ -40,7 +41,9 @@ def import_weights(
     if kind == RETRIEVAL:
         return import_retrieval(source, out)
     if kind not in FAMILIES:
-        raise CheckpointError(f"{source}: cannot import {kind!r}, but {', '.join([*FAMILIES, RETRIEVAL])}")
+        raise CheckpointError(
+            f"{source}: cannot import {kind!r}; give one of {', '.join([*FAMILIES, RETRIEVAL])}"
+        )
     return import_stock(source, out, template)
 
 

@@ -45,7 +45,12 @@ _INSTRUCT = {**_QFORMER, "vocab_size": "vocab_size", "max_positions": "max_posit
 def read_qformer(config: Any, instruct: bool) -> dict[str, Any]:
     """The arguments of our connector for a Q-Former of theirs."""
     settings = config.qformer_config
-    demand("our Q-Former can be it", hidden_act=(settings.hidden_act, "gelu"))
+    demand(
+        "our Q-Former can be it",
+        hidden_act=(settings.hidden_act, "gelu"),
+        # InstructBLIP's always reads text, and has no such setting.
+        use_qformer_text_input=(getattr(settings, "use_qformer_text_input", instruct), instruct),
+    )
     names = _INSTRUCT if instruct else _QFORMER
     arguments = {ours: getattr(settings, theirs) for ours, theirs in names.items()}
     return {"num_queries": config.num_query_tokens, **arguments}

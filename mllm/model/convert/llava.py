@@ -50,20 +50,24 @@ class Llava(Family):
             "connector 'mlp' can be it",
             projector_hidden_act=(config.projector_hidden_act, "gelu"),
             multimodal_projector_bias=(config.multimodal_projector_bias, True),
-            vision_feature_layer=(type(config.vision_feature_layer), int),
         )
+        layer = config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise ConfigError(f"vision_feature_layer is {layer}, several layers side by side; ours takes one")
+        text_config = deepcopy(config.text_config)
+        text_config.tie_word_embeddings = config.tie_word_embeddings  # theirs asks the whole model's
         if template is None and processor.chat_template:
             processor.tokenizer.chat_template = processor.chat_template
             template = "tokenizer"
         strategy = config.vision_feature_select_strategy
         ours, our_processor = describe(
             config.vision_config,
-            config.text_config,
+            text_config,
             {"type": "mlp", "depth": 2},
             tokenizer=processor.tokenizer,
             image_processor=self.read_images(processor.image_processor),
             template=template or "vicuna_v1",
-            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_layer=layer,
             vision_feature_select=_SELECT[strategy],
             tiling=self.read_tiling(config, processor.image_processor),
         )
@@ -72,6 +76,8 @@ class Llava(Family):
                 "vision_feature_select_strategy 'default' drops the first token, which of this encoder is "
                 f"not its one class token ({ours.num_prefix_tokens} found); the model needs 'full'"
             )
+        # Older directories leave the counting of placeholders to the model.
+        vars(processor).update(_counts(config, ours.pixel_shape[-1], ours.num_image_tokens))
         return ours, our_processor
 
     def read_images(self, images: Any) -> Any:
@@ -137,15 +143,11 @@ class Llava(Family):
         return _like(processor.image_processor, LlavaImageProcessorPil, do_pad=True)
 
     def write_processor(self, config: Any, processor: MllmProcessor) -> Any:
-        """It counts placeholders as patches, plus what else the encoder gives, less what is dropped."""
-        patch, size = config.vision_config.patch_size, config.vision_config.image_size
-        dropped = int(config.vision_feature_select_strategy == "default")
+        """With the numbers that it counts placeholders with."""
         return self.processor(
             self.write_images(config, processor),
             processor.tokenizer,
-            patch_size=patch,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=processor.num_image_tokens + dropped - (size // patch) ** 2,
+            **_counts(config, config.vision_config.image_size, processor.num_image_tokens),
             chat_template=openable(processor),
         )
 
@@ -187,6 +189,17 @@ class LlavaNext(Llava):
         """The image processor, which also tiles."""
         points = config.image_grid_pinpoints
         return _like(processor.image_processor, LlavaNextImageProcessorPil, image_grid_pinpoints=points)
+
+
+def _counts(config: Any, size: int, num_image_tokens: int) -> dict[str, Any]:
+    """Their processor counts patches, plus what else the encoder gives, less what is dropped."""
+    patch, strategy = config.vision_config.patch_size, config.vision_feature_select_strategy
+    dropped = int(strategy == "default")
+    return {
+        "patch_size": patch,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": num_image_tokens + dropped - (size // patch) ** 2,
+    }
 
 
 def _like(images: Any, cls: Any, **more: Any) -> Any:

@@ -18,6 +18,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,12 +30,15 @@ from mllm.model.convert.proof import GREEDY, Observed, Proof, observe, prompts, 
 from mllm.model.convert.stock import new_directory, rename
 
 PROJECTOR_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
-_PROJECTOR = "model.mm_projector."
+_ADAPTER = "adapter_config.json"
+_PROJECTOR = "mm_projector."
+# LLaVA's name of what is taken from the vision encoder, and ours.
+_SELECT = {"patch": "patch", "cls_patch": "full"}
 
 
 def is_original(source: str | Path) -> bool:
-    """Whether a directory has files that only LLaVA's own code writes."""
-    return any((Path(source) / name).is_file() for name in PROJECTOR_FILES)
+    """Whether a directory has files that no model of transformers comes with."""
+    return any((Path(source) / name).is_file() for name in (*PROJECTOR_FILES, _ADAPTER))
 
 
 def import_original(
@@ -59,7 +63,11 @@ def import_original(
     """
     source = Path(source)
     config = _read_json(source / "config.json")
-    adapter = _read_json(source / "adapter_config.json") if (source / "adapter_config.json").is_file() else {}
+    # The second file is only written beside adapters: without them the model would be another, unnoticed.
+    adapter = _read_json(source / _ADAPTER) if (source / _ADAPTER).is_file() else {}
+    adapted = [*source.glob("adapter_model.*"), *source.glob(PROJECTOR_FILES[1])]
+    if adapted and not adapter:
+        raise CheckpointError(f"{source}: {adapted[0].name} belongs to adapters, but {_ADAPTER} is missing")
     ratio: Any = config.get("image_aspect_ratio") or "square"
     demand(
         "LLaVA's own layout is read",
@@ -67,17 +75,21 @@ def import_original(
         mm_use_im_start_end=(config.get("mm_use_im_start_end", False), False),
     )
     layer, select = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
-    projector, connector = _projector(config)
+    if select not in _SELECT:
+        raise ConfigError(f"mm_vision_select_feature is {select!r}; {', '.join(_SELECT)} are read")
     tensors = _read_tensors(source)
+    projector, connector = _projector(config, source)
     own = {name.removeprefix(_PROJECTOR): t for name, t in tensors.items() if name.startswith(_PROJECTOR)}
     _load(projector, own, source)
     model, processor = compose(
-        vision_encoder or config["mm_vision_tower"],
-        language_model or adapter.get("base_model_name_or_path") or config["_name_or_path"],
+        vision_encoder or _setting(config, "mm_vision_tower", source, "--vision-encoder"),
+        language_model
+        or adapter.get("base_model_name_or_path")
+        or _setting(config, "_name_or_path", source, "--language-model"),
         connector,
         template=template,
         vision_feature_layer=layer,
-        vision_feature_select=select,
+        vision_feature_select=_SELECT[select],
         image_aspect_ratio=ratio,
     )
     names = rename(tensors, _names(connector), "LLaVA's own layout")
@@ -110,16 +122,23 @@ def _names(connector: Mapping[str, Any]) -> list[tuple[str, str]]:
     ours = "connector.proj." if connector["type"] == "linear" else "connector.layers."
     return [
         (_PROJECTOR, ours),
-        ("model.vision_tower.vision_tower.vision_model.", "vision_encoder."),
-        ("model.", "language_model.model."),
+        ("vision_tower.vision_tower.vision_model.", "vision_encoder."),
         ("lm_head.", "language_model.lm_head."),
+        ("", "language_model.model."),
     ]
 
 
-def _projector(config: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _setting(config: Mapping[str, Any], name: str, source: Path, option: str = "") -> Any:
+    if name not in config:
+        fix = f"; give {option}" if option else ""
+        raise CheckpointError(f"{source}: config.json has no {name!r}{fix}")
+    return config[name]
+
+
+def _projector(config: Mapping[str, Any], source: Path) -> tuple[nn.Module, dict[str, Any]]:
     """LLaVA's projector, and our connector that is the same."""
     kind = config.get("mm_projector_type", "linear")
-    width, text_width = config["mm_hidden_size"], config["hidden_size"]
+    width, text_width = (_setting(config, name, source) for name in ("mm_hidden_size", "hidden_size"))
     if kind == "linear":
         return nn.Linear(width, text_width), {"type": "linear"}
     found = re.fullmatch(r"mlp(\d+)x_gelu", kind)
@@ -147,8 +166,12 @@ def _with_adapters(language_model: Any, source: Path) -> Any:
     except ImportError as error:
         raise ConfigError("adapters need peft; run: pip install 'mllm[train]'") from error
     safe = source / "adapter_model.safetensors"
-    saved = load_file(safe) if safe.is_file() else read_bin(source / "adapter_model.bin")
-    adapted = PeftModel.from_pretrained(language_model, str(source))
+    try:
+        saved = load_file(safe) if safe.is_file() else read_bin(source / "adapter_model.bin")
+        adapted = PeftModel.from_pretrained(language_model, str(source))
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{source}: the adapters cannot be read: {reason}") from error
     if odd := sorted(set(saved) ^ set(get_peft_model_state_dict(adapted))):
         raise CheckpointError(f"{source}: adapter tensor {odd[0]!r} does not fit the language model")
     return adapted
@@ -178,12 +201,14 @@ def _observe_plainly(
 
 
 def _read_tensors(source: Path) -> dict[str, torch.Tensor]:
-    """The tensors of both files, under the names that LLaVA's model has for them."""
+    """The tensors of both files, without the names of what was wrapped around LLaVA's model."""
     tensors: dict[str, torch.Tensor] = {}
     for name in PROJECTOR_FILES:
         if (source / name).is_file():
             tensors |= read_bin(source / name)
-    return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    if not tensors:
+        raise CheckpointError(f"{source}: no projector, which {' or '.join(PROJECTOR_FILES)} would hold")
+    return {re.sub(r"^(base_model\.)?(model\.)*", "", name): tensor for name, tensor in tensors.items()}
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -192,6 +217,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: it is broken, or holds anything but tensors.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, UnpicklingError, RuntimeError, EOFError) as error:
@@ -203,7 +230,7 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return dict(content)
+    return content

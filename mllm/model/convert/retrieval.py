@@ -62,6 +62,8 @@ def import_retrieval(source: str | Path, out: str | Path) -> Proof:
     pairs = {**_NAMES, **{old: f"connector.{new}" for old, new in table.items()}}
     names = rename(stock.state_dict(), pairs.items(), RETRIEVAL)
     new_heads: Any = QFormerForPretraining.build_part(config, "heads")
+    for part in (stock.embeddings, stock.vision_projection, stock.text_projection, stock.itm_head, new_heads):
+        part.to(stock.qformer.dtype)  # float32 where transformers loads the rest in float16
     weights = {f"heads.{name}": tensor for name, tensor in new_heads.state_dict().items()}
     weights |= {names[name]: tensor for name, tensor in once(stock.state_dict())}
     with new_directory(out) as folder:

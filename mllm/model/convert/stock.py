@@ -18,6 +18,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -68,6 +69,7 @@ def import_stock(source: str | Path, out: str | Path, template: str | None = Non
     names = rename(stock.state_dict(), family.names(stock.config), family.model.__name__)
     weights = {names[name]: tensor for name, tensor in once(stock.state_dict())}
     batches = prompts(ours, config.text_config)
+    _make_room(stock, ours.image_token_id)
     with new_directory(out) as folder:
         model = assemble(MllmForConditionalGeneration, config, {}, weights).eval()
         set_generation_defaults(model, ours)
@@ -92,6 +94,7 @@ def export_stock(checkpoint: str | Path, out: str | Path) -> Proof:
         ConfigError: the model has something that no stock class has; names it.
         CheckpointError: the result does not compute the same.
     """
+    check_new(out)
     model, processor = load(checkpoint)
     if not isinstance(model, MllmForConditionalGeneration):
         raise ConfigError(f"{checkpoint} is a {type(model).__name__}, which has no class in transformers")
@@ -120,8 +123,8 @@ def architecture(source: str | Path) -> str:
         CheckpointError: no such file.
     """
     try:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = dict(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json cannot be read: {error}") from error
     return str((config.get("architectures") or ["none"])[0])
 
@@ -180,7 +183,7 @@ def load_stock(model_class: Any, processor_class: Any, source: str | Path) -> tu
             ignore_mismatched_sizes=True,  # they are refused below, by name
             local_files_only=True,
         )
-    except (OSError, UnpicklingError, RuntimeError) as error:
+    except (OSError, UnpicklingError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {str(error).strip().splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
@@ -231,18 +234,20 @@ def _build_stock(family: Family, config: PreTrainedConfig, model: Any) -> Any:
         raise ConfigError(f"{family.model.__name__} has no tensor {odd[0]!r}, which this model needs")
     assign(stock, tensors, family.model.__name__, complete=True)
     stock.generation_config = deepcopy(model.generation_config)
-    vocab_size = config.get_text_config().vocab_size
-    if config.image_token_id >= vocab_size:  # theirs looks the placeholder up before it is replaced
-        _extend(stock, vocab_size, config.image_token_id + 1)
+    _make_room(stock, config.image_token_id)
     return stock.eval()
 
 
-def _extend(stock: Any, size: int, new_size: int) -> None:
-    """More rows in the embedding and the head, each the mean of the trained ones.
+def _make_room(stock: Any, image_token_id: int) -> None:
+    """A row for the placeholder, which theirs looks up before it is replaced, in the embedding and the head.
 
-    The logit of a mean row is the mean of all logits: it is never the largest, so no answer changes.
+    New rows are the mean of the trained ones. The logit of a mean row is the mean of all logits: it is never
+    the largest, so no answer changes.
     """
-    stock.resize_token_embeddings(new_size, mean_resizing=False)
+    size = stock.get_input_embeddings().num_embeddings
+    if image_token_id < size:
+        return
+    stock.resize_token_embeddings(image_token_id + 1, mean_resizing=False)
     with torch.no_grad():
         for layer in (stock.get_input_embeddings(), stock.get_output_embeddings()):
             for tensor in layer.parameters():
@@ -267,11 +272,16 @@ def _compare_processors(
     return [f"{note} ({count} of {len(asked)} prompts)" for note, count in notes.items()]
 
 
+def check_new(path: str | Path) -> None:
+    """Raise `ConfigError` where something is in the place to write to."""
+    if Path(path).exists():
+        raise ConfigError(f"{path} is there already; remove it, or choose another place")
+
+
 @contextmanager
 def new_directory(path: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends well, and is gone when it does not."""
     path = Path(path)
-    if path.exists():
-        raise ConfigError(f"{path} is there already; remove it, or choose another place")
+    check_new(path)
     with atomic_directory(path) as folder:
         yield folder

@@ -13,6 +13,7 @@ from mllm.model.fusion.gated_cross_attention import GatedCrossAttention
 from mllm.model.fusion.high_res_cross_attention import HighResCrossAttention
 from mllm.model.fusion.stack import FusionStack
 from mllm.model.fusion.visual_expert import VisualExpert
+from mllm.model.typed import build_typed
 
 FUSIONS: dict[str, Callable[..., Fusion]] = {
     "gated_cross_attention": GatedCrossAttention,
@@ -30,18 +31,11 @@ def build_fusion(
     Raises:
         ConfigError: unknown type or argument, or an encoder-decoder language model.
     """
-    arguments = dict(settings)
-    kind = arguments.pop("type", None)
-    if kind not in FUSIONS:
-        raise ConfigError(f"unknown fusion type {kind!r}; use one of {', '.join(FUSIONS)}")
     if text_config.is_encoder_decoder:
         raise ConfigError(
-            f"fusion {kind!r} is for decoder-only language models; found {text_config.model_type}"
+            f"fusion is for decoder-only language models; found {text_config.model_type}; leave fusion out"
         )
-    try:
-        return FUSIONS[kind](text_config, media_dim, media_tokens, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"fusion {kind!r}: {error}") from error
+    return build_typed("fusion", FUSIONS, settings, text_config, media_dim, media_tokens)
 
 
 __all__ = ["FUSIONS", "Fusion", "build_fusion"]

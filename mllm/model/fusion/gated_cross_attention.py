@@ -59,6 +59,8 @@ class GatedCrossAttention(Fusion):
         dim, depth = text_config.hidden_size, text_config.num_hidden_layers
         if activation not in ACT2FN:
             raise ConfigError(f"gated_cross_attention: unknown activation {activation!r}; use gelu or relu2")
+        if heads < 1 or head_dim < 1 or ff_mult < 1:
+            raise ConfigError("gated_cross_attention: heads, head_dim and ff_mult must be at least 1")
         if every < 1 or (every > depth and not first):
             raise ConfigError(
                 f"gated_cross_attention: every is {every}, but there are {depth} layers; use 1 to {depth}"

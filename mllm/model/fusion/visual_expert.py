@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mllm.errors import ConfigError
 from mllm.model.fusion.base import Fusion, check_takes_kwargs
-from mllm.model.language_model import build_language_model, decoder_layers
+from mllm.model.language_model import build_language_model, decoder_layers, unpacked
 
 
 class Route(NamedTuple):
@@ -57,6 +57,7 @@ class VisualExpert(Fusion):
         self.first, self.last = (1, media_tokens - 2) if boi_eoi else (0, media_tokens - 1)
         with torch.device("meta"):
             layers = decoder_layers(build_language_model(text_config))
+        self.places = [list(linears(layer)) for layer in layers]
         self.experts: Any = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -100,7 +101,7 @@ class VisualExpert(Fusion):
         """Every expert starts as a copy of the layer that it stands beside."""
         for experts, layer in zip(self.experts, decoder_layers(language_model), strict=True):
             for expert, linear in zip(experts.values(), linears(layer).values(), strict=True):
-                expert.load_state_dict(linear.state_dict())
+                expert.load_state_dict({n: unpacked(p) for n, p in linear.named_parameters()})
 
     def attach_layer(self, index: int, layer: nn.Module) -> list[Any]:
         """Around every linear layer. The context comes to them by way of the attention module."""
@@ -108,7 +109,10 @@ class VisualExpert(Fusion):
         handles = [layer.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for child in layer.children():
             handles.append(child.register_forward_pre_hook(self._note, with_kwargs=True))
-        for expert, linear in zip(self.experts[index].values(), linears(layer).values(), strict=True):
+        for name, expert in zip(self.places[index], self.experts[index].values(), strict=True):
+            # By name: where tuning has put an adapter around a linear layer, this is the whole of both, so
+            # that the adapter too is for text alone, as the weight is into which it is merged.
+            linear = layer.get_submodule(name)
             handles.append(linear.register_forward_pre_hook(self._narrow))
             handles.append(linear.register_forward_hook(partial(self._join, expert)))
         return handles

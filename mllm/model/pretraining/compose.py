@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import Origin
+from mllm.model.connectors import build_connector
 from mllm.model.connectors.qformer import InstructQFormerConnector
 from mllm.model.convert.qformer_names import bert_names
 from mllm.model.fused_vision import FusedVisionConfig
@@ -123,7 +124,8 @@ def compose_qformer_pretraining(
     bert = None if text_encoder is None else load_text_encoder(text_encoder)
     settings = {**_like(bert), **(connector or {}), "vocab_size": len(words)}
     with torch.device("meta"):
-        width = InstructQFormerConnector(vision_dim, 1, **settings).query.shape[-1]
+        qformer: Any = build_connector({"type": "instruct_qformer", **settings}, vision_dim, 1)
+        width = qformer.query.shape[-1]
     config = QFormerPretrainingConfig(
         vision_config=deepcopy(vision.config),
         connector=settings,

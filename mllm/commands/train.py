@@ -1,0 +1,67 @@
+"""`mllm train`, `mllm recipes`, `mllm quickstart`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mllm.commands.options import AsJson, Overrides, RecipeName
+
+
+def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Train one stage.
+
+    [bold]Examples[/]
+
+      mllm train llava-1.5-7b/align data.path=captions.json data.image_root=images
+
+      mllm train my_recipe.yaml train.learning_rate=1e-4 train.resume=true
+
+      deepspeed --num_gpus 8 scripts/train.py llava-1.5-7b/instruct
+    """
+    from mllm.training.train import train as run
+
+    typer.echo(run(recipe, overrides or []))
+
+
+def recipes(as_json: AsJson = False) -> None:
+    """List the shipped recipes: one folder a published system, one file a stage.
+
+    [bold]Example[/]
+
+      mllm recipes
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from mllm.config import shipped_recipes, summary_of
+
+    summaries = {name: summary_of(name) for name in shipped_recipes()}
+    if as_json:
+        typer.echo(json.dumps(summaries, indent=1))
+        return
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for name, summary in summaries.items():
+        table.add_row(name, summary)
+    Console(highlight=False).print(table)
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="where everything is written")] = Path("runs/quickstart"),
+    fast: Annotated[bool, typer.Option(help="a few steps and questions, to see that it works")] = False,
+    seed: Annotated[int, typer.Option(help="of the world, the training and the sampling")] = 0,
+) -> None:
+    """The whole story on a CPU, offline: data, both stages, POPE with and without VCD, a report.
+
+    [bold]Examples[/]
+
+      mllm quickstart
+
+      mllm quickstart --fast --out /tmp/look
+    """
+    from mllm.quickstart.run import run
+
+    typer.echo(run(out, fast=fast, seed=seed))

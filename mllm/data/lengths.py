@@ -1,0 +1,130 @@
+"""How long every row is, images included, before training starts and without decoding a picture.
+
+Sampling by length and packing need the lengths of all rows. They come from the same code that makes the
+batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so the
+result is kept beside the data, under a name that changes with the data, the processor and this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+import mllm
+from mllm.data.collator import Collator
+from mllm.data.files import sha256_of, track
+from mllm.data.images import image_size
+from mllm.data.mixture import Mixture
+from mllm.data.rows import Rows
+from mllm.data.schema import Row
+from mllm.data.tokens import IGNORE
+from mllm.errors import DataError
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sizes of N rows.
+
+    Attributes:
+        tokens: [N], image placeholders included.
+        labels: [N], supervised tokens.
+        views: [N], pictures that the vision encoder sees: images, or with tiling their views.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    views: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, rows: np.ndarray) -> Lengths:
+        """The sizes of these rows, in this order."""
+        return Lengths(self.tokens[rows], self.labels[rows], self.views[rows])
+
+
+def mixture_lengths(mixture: Mixture, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+    """Sizes of a mixture's rows; a row that is drawn twice is measured once."""
+    per_set = [file_lengths(rows, collator, workers, show) for rows in mixture.datasets]  # type: ignore[arg-type]
+    joined = Lengths(*(np.concatenate([getattr(one, f.name) for one in per_set]) for f in fields(Lengths)))
+    starts = np.cumsum([0, *map(len, per_set[:-1])])
+    return joined.take(starts[mixture.source] + mixture.row)
+
+
+def file_lengths(rows: Rows, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+    """Sizes of the rows of one file, read from beside it where they are known.
+
+    Args:
+        rows: of the file.
+        collator: makes the batches; rows that it shortens to its `max_length` count as shortened.
+        workers: processes that tokenise.
+        show: a progress bar.
+
+    Raises:
+        DataError: a row that could not be trained on; names it.
+    """
+    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator)}.npy")
+    if cache.is_file():
+        return Lengths(*np.load(cache))
+    lengths = measure(rows, collator, workers, show)
+    if os.access(cache.parent, os.W_OK):  # else the data are on a read-only disk: measured every time
+        partial = cache.with_name(f".{cache.name}.{os.getpid()}.npy")
+        np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
+        os.replace(partial, cache)
+    return lengths
+
+
+def measure(rows: Sequence[Row], collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+    """Sizes of rows, in their order; see `file_lengths`."""
+    chunks: Any = DataLoader(_Chunks(rows, collator), batch_size=None, num_workers=workers)
+    sizes = []
+    for chunk in track(chunks, "lengths", len(chunks), show):
+        if isinstance(chunk, DataError):
+            raise chunk
+        sizes.append(chunk.numpy())
+    return Lengths(*np.concatenate(sizes).T)
+
+
+def fingerprint(rows: Rows, collator: Collator) -> str:
+    """What the lengths depend on: the file, where its images are, the processor, the limit, this package."""
+    root = str(rows.image_root and rows.image_root.absolute())
+    parts = [mllm.__version__, sha256_of(rows.path), root, str(collator.max_length)]
+    with TemporaryDirectory() as folder:
+        collator.processor.save_pretrained(folder)
+        parts += [sha256_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class _Chunks(Dataset[Any]):
+    """Sizes of `CHUNK` rows at a time: [rows, 3]."""
+
+    def __init__(self, rows: Sequence[Row], collator: Collator):
+        self.rows, self.collator = rows, collator
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / CHUNK)
+
+    def __getitem__(self, chunk: int) -> np.ndarray | DataError:
+        numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.rows)))
+        try:
+            return np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
+        except DataError as error:
+            return error  # raised in a worker it would arrive as a page of traceback
+
+    def _sizes(self, row: Row) -> tuple[int, int, int]:
+        encoded = self.collator.encode(row)
+        tiles = self.collator.processor.tiles
+        images = encoded.images
+        views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
+        return len(encoded.input_ids), sum(label != IGNORE for label in encoded.labels), views

@@ -1,0 +1,107 @@
+"""Which rows the batches of a run hold, where a recipe does not leave that to the Trainer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from mllm.config import RunConfig
+from mllm.data.lengths import Lengths, mixture_lengths
+from mllm.data.mixture import Mixture
+from mllm.data.packing import try_packing
+from mllm.data.sampler import MicroBatches
+from mllm.errors import ConfigError
+from mllm.training.flops import StepFlops, attention_flops, linear_flops
+
+
+def micro_batches(
+    config: RunConfig, args: TrainingArguments, model: Any, rows: Mixture, collator: Any
+) -> MicroBatches | None:
+    """The sampler that `data.grouping` and `data.packing` ask for; None where they ask for nothing.
+
+    Raises:
+        ConfigError: packs longer than `data.pack_length`.
+        DataError: a row that cannot be trained on.
+    """
+    data, options = config.data, config.train
+    if not data.packing and data.grouping == "none":
+        return None
+    with args.main_process_first(desc="lengths of the rows"):  # the others find them beside the data
+        lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save)
+    batches = MicroBatches(
+        lengths,
+        options.per_device_batch_size,
+        options.gradient_accumulation_steps,
+        args.world_size,
+        args.process_index,
+        options.seed,
+        flops=row_flops(model, lengths) if data.packing else None,
+        by_modality=data.grouping == "modality_length",
+    )
+    if data.packing and data.pack_length is not None:
+        _check_pack_length(batches, data.pack_length, math.ceil(options.num_train_epochs))
+    return batches
+
+
+def _check_pack_length(batches: MicroBatches, limit: int, epochs: int) -> None:
+    """The plan of every epoch is known, so what would not fit is found before the first step."""
+    longest = 0
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        for batch in batches.global_batches():
+            packs = [pack for step in batches.divide(batch) for pack in step]
+            longest = max(longest, *(int(batches.lengths.tokens[pack].sum()) for pack in packs))
+    batches.set_epoch(0)
+    if longest > limit:
+        times = math.ceil(longest / limit)
+        raise ConfigError(
+            f"data.pack_length is {limit}, but the longest pack has {longest} tokens; divide "
+            f"train.per_device_batch_size by {times} and multiply train.gradient_accumulation_steps by it"
+        )
+
+
+def row_flops(model: Any, lengths: Lengths) -> np.ndarray:
+    """[N], FLOPs of each row in a step; a pack has the sum, since its rows do not attend to each other."""
+    flops = step_flops(model)
+    tokens = lengths.tokens.astype(float)
+    linear = flops.token * tokens + flops.image * lengths.views + flops.label * lengths.labels
+    return linear + flops.square * tokens**2
+
+
+def step_flops(model: Any) -> StepFlops:
+    """What a step of this model costs, from the sizes of its parts."""
+    config = model.config.text_config
+    language_model, vision = model.language_model, model.vision_encoder
+    head = model.get_output_embeddings().weight
+    of_head = head.numel() if head is not model.get_input_embeddings().weight else 0
+    weights = language_model.num_parameters(exclude_embeddings=True) - of_head
+    trained = language_model.num_parameters(only_trainable=True, exclude_embeddings=True)
+    trained -= of_head if head.requires_grad else 0
+    seen = model.config.num_patches + model.config.num_prefix_tokens
+    trains_vision = any(p.requires_grad for p in vision.parameters())
+    of_vision = linear_flops(seen * _count(vision), trains_vision, trains_vision)
+    of_connector = linear_flops(model.config.num_image_tokens * _count(model.connector), True, True)
+    return StepFlops(
+        image=of_vision + of_connector,
+        token=linear_flops(weights, True) + 2 * trained,
+        square=3 * config.num_hidden_layers * attention_flops(1, 1, config.hidden_size, True),
+        label=linear_flops(head.numel(), True, head.requires_grad),
+    )
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class PackingTrial(TrainerCallback):
+    """Tries the language model on packs when it is on its device, with the precision of the run."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Raise `ConfigError` if it lets the rows of a pack see each other."""
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+            try_packing(model)

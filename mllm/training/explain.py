@@ -1,0 +1,193 @@
+"""What a recipe means: what learns and how fast, how batches are made up, what a row looks like.
+
+Everything comes from the code that trains; no weights are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from mllm.config import RunConfig
+from mllm.data.rows import open_rows
+from mllm.data.schema import Message, assistant, user
+from mllm.data.templates import Piece
+from mllm.training.build import open_mixture
+from mllm.training.outline import outline
+from mllm.training.plan import way_of
+from mllm.training.tuning import PartReport, part_rates, tuning_table
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """One data set; `rows` is None where the file is not there yet."""
+
+    path: str
+    rows: int | None
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `mllm explain` says.
+
+    Attributes:
+        starts_from: the checkpoint of `model.init_from`, if any; not whether it is there yet.
+        parts, rates: what learns, and the learning rate of each part.
+        pixels: (channels, height, width) of a picture, or of a view of it.
+        tokens_an_image: least and most placeholders of an image; (0, 0) for pairs.
+        effective_batch: rows of an optimiser step, over all ranks.
+        rows, steps: None where a data file is not there.
+        sample: an example row as (text, whether it is learnt); that of the data where there is one.
+        notes: what a reader may not expect.
+    """
+
+    stage: str
+    starts_from: str | None
+    parts: list[PartReport]
+    rates: dict[str, float]
+    pixels: tuple[int, ...]
+    tokens_an_image: tuple[int, int]
+    data: list[DataReport]
+    rows: int | None
+    ranks: int
+    effective_batch: int
+    epochs: float
+    steps: int | None
+    warmup: str
+    schedule: str
+    precision: str
+    distribution: str
+    sample: list[tuple[str, bool]]
+    notes: list[str]
+
+
+def explain(config: RunConfig, ranks: int = 1) -> Explanation:
+    """Explain one stage.
+
+    Args:
+        config: the run, of `outline.whole_recipe` if stages before it have not run.
+        ranks: GPUs that it will run on.
+
+    Raises:
+        ConfigError: a part cannot be read.
+    """
+    options = config.train
+    model, processor, parts = outline(config)
+    data = [_data(source.path, source.format, source.image_root) for source in config.data.sources]
+    rows = None
+    if all(one.rows is not None for one in data):
+        mixture = open_mixture(config.data, options.seed)
+        rows = len(mixture)
+        data = [DataReport(*entry) for entry in mixture.report()]
+    batch = options.per_device_batch_size * options.gradient_accumulation_steps * ranks
+    steps = options.max_steps or (None if rows is None else _steps(config, rows, ranks))
+    warmup = f"{options.warmup_ratio:.0%} of the steps"
+    return Explanation(
+        stage=config.stage,
+        starts_from=config.model.init_from,
+        parts=parts,
+        rates=dict(part_rates(parts, options)),
+        pixels=tuple(model.config.pixel_shape),
+        tokens_an_image=_tokens(model),
+        data=data,
+        rows=rows,
+        ranks=ranks,
+        effective_batch=batch,
+        epochs=options.num_train_epochs,
+        steps=steps,
+        warmup=warmup if options.warmup_steps is None else f"{options.warmup_steps} steps",
+        schedule=options.lr_scheduler_type,
+        precision=_precision(config),
+        distribution=way_of(options.deepspeed).name,
+        sample=[] if config.on_pairs else _sample(config, processor),
+        notes=list(_notes(data)),
+    )
+
+
+def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
+    if not Path(path).is_file():
+        return DataReport(path, None, None)
+    return DataReport(path, len(open_rows(path, format or "auto", image_root)), None)
+
+
+def _steps(config: RunConfig, rows: int, ranks: int) -> int:
+    """Optimiser steps as the Trainer counts them: a rank's last batch may be smaller."""
+    options = config.train
+    per_rank = rows / ranks / options.per_device_batch_size
+    batches = math.floor(per_rank) if config.on_pairs else math.ceil(per_rank)
+    an_epoch = max(1, math.ceil(batches / options.gradient_accumulation_steps))
+    return math.ceil(an_epoch * options.num_train_epochs)
+
+
+def _tokens(model: Any) -> tuple[int, int]:
+    if not hasattr(model.config, "num_image_tokens"):
+        return (0, 0)
+    if model.tiling is None:
+        return (model.config.num_image_tokens,) * 2
+    # A square and the shapes of the pinpoints, each at its own size and at a tile's.
+    sizes = [(model.tiling.tile,) * 2, *model.tiling.pinpoints]
+    counts = [model.tiling.num_tokens(size) for size in sizes]
+    return min(counts), max(counts)
+
+
+def _precision(config: RunConfig) -> str:
+    options, frozen = config.train, config.model.dtype
+    mixed = "bfloat16" if options.bf16 else "float16" if options.fp16 else None
+    if options.deepspeed is not None:
+        return f"weights in {mixed or 'float32'}, float32 masters of what learns"
+    products = f"products in {mixed}" if mixed else "no mixed precision"
+    return f"frozen weights in {frozen}, trained ones in float32, {products}"
+
+
+def _sample(config: RunConfig, processor: Any) -> list[tuple[str, bool]]:
+    source = config.data.sources[0]
+    messages: list[Message] = [user("What is shown here?", "picture.jpg"), assistant("A dog on a beach.")]
+    if Path(source.path).is_file():
+        messages = open_rows(source.path, source.format or "auto", source.image_root)[0]["messages"]
+    pieces: list[Piece] = processor.pieces(messages)
+    return [(piece.text, piece.supervised) for piece in pieces]
+
+
+def _notes(data: list[DataReport]) -> Iterator[str]:
+    for one in data:
+        if one.rows is None:
+            yield f"{one.path} is not there; rows and steps are not known"
+
+
+def report(found: Explanation) -> Group:
+    """The explanation for a terminal."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column()
+    least, most = found.tokens_an_image
+    tokens = f"{least}" if least == most else f"{least} to {most}"
+    steps = "not known" if found.steps is None else f"{found.steps:,}"
+    lines = {
+        "stage": found.stage + (f", from {found.starts_from}" if found.starts_from else ""),
+        "an image": f"{'x'.join(map(str, found.pixels))} numbers"
+        + (f", {tokens} tokens" if found.sample else ""),
+        "batch": f"{found.effective_batch} rows a step on {found.ranks} GPU{'s' * (found.ranks > 1)}",
+        "steps": f"{steps}, {found.epochs:g} epoch{'s' * (found.epochs != 1)}, {found.schedule} schedule, "
+        f"warm-up {found.warmup}",
+        "precision": found.precision,
+        "spread by": found.distribution,
+    }
+    for name, line in lines.items():
+        facts.add_row(name, line)
+    for one in found.data:
+        rows = "not there" if one.rows is None else f"{one.rows:,} rows"
+        facts.add_row("data", f"{one.path}: {rows}" + ("" if one.share is None else f", {one.share:.1%}"))
+    sample = Text()
+    for text, learnt in found.sample:
+        sample.append(text, style="green" if learnt else "dim")
+    shown = [Text("\nA row, what is learnt in green:", style="bold"), sample] if found.sample else []
+    notes = [Text(f"Note: {note}") for note in found.notes]
+    return Group(facts, Text(), tuning_table(found.parts, found.rates), *shown, *notes)

@@ -1,0 +1,102 @@
+"""Lengths of rows: those of the batches, known again without tokenising, measured again when they change."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_model, make_picture
+from PIL import Image
+from runs import write_rows
+
+from mllm.data import lengths as lengths_module
+from mllm.data.collator import Collator
+from mllm.data.lengths import Lengths, file_lengths, measure, mixture_lengths
+from mllm.data.mixture import Mixture
+from mllm.data.rows import Rows, open_rows
+from mllm.data.tokens import IGNORE
+from mllm.errors import DataError
+from mllm.model import MllmProcessor
+
+
+@pytest.fixture(scope="module")
+def processor() -> MllmProcessor:
+    return make_model()[1]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Rows:
+    return open_rows(write_rows(tmp_path / "rows", 12), image_root=tmp_path / "rows")
+
+
+def assert_equal(one: Lengths, two: Lengths) -> None:
+    for name in ("tokens", "labels", "views"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name), name)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_lengths_are_those_of_the_batches(rows: Rows, processor: MllmProcessor, workers: int) -> None:
+    collator = Collator(processor, max_length=200)  # the last row loses a round
+    found = measure(rows, collator, workers)
+    batches = [collator([row]) for row in rows]
+    assert sum(batch["dropped_turns"] for batch in batches)
+    assert found.tokens.tolist() == [batch["input_ids"].shape[1] for batch in batches]
+    assert found.labels.tolist() == [int((batch["labels"] != IGNORE).sum()) for batch in batches]
+    assert found.views.tolist() == [len(batch.get("pixel_values", ())) for batch in batches]
+
+
+def test_tiles_are_counted_without_reading_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling = {"type": "anyres", "pinpoints": [[32, 64], [64, 32], [64, 64]]}
+    _, processor = make_model(tiling=tiling)
+    make_picture(0, (120, 30)).save(tmp_path / "wide.jpg")
+    (tmp_path / "a.jsonl").write_text(
+        '{"id": "a", "messages": [{"role": "user", "content": [{"type": "image", "image": "wide.jpg"}]}, '
+        '{"role": "assistant", "content": [{"type": "text", "text": "fox"}]}]}\n'
+    )
+    rows = open_rows(tmp_path / "a.jsonl", image_root=tmp_path)
+    batch = Collator(processor)([rows[0]])
+    # Of other formats than JPEG the size is not always in the header.
+    monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("a picture was decoded"))
+    found = measure(rows, Collator(processor))
+    assert found.views.tolist() == [len(batch["pixel_values"])] != [1]
+    assert found.tokens.tolist() == [batch["input_ids"].shape[1]]
+
+
+def test_known_lengths_are_read_again(
+    rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = file_lengths(rows, Collator(processor))
+    monkeypatch.setattr(lengths_module, "measure", lambda *_: pytest.fail("measured twice"))
+    assert_equal(first, file_lengths(rows, Collator(processor)))
+    with pytest.raises(pytest.fail.Exception):
+        file_lengths(rows, Collator(processor, max_length=200))
+
+
+def test_another_template_or_other_data_are_measured_anew(rows: Rows, processor: MllmProcessor) -> None:
+    first = file_lengths(rows, Collator(processor))
+    other = make_model(template="plain")[1]
+    assert (file_lengths(rows, Collator(other)).tokens < first.tokens).all()
+    lines = rows.path.read_text().splitlines()
+    rows.path.write_text("\n".join(reversed(lines)) + "\n")
+    turned = open_rows(rows.path, image_root=rows.image_root)
+    assert file_lengths(turned, Collator(processor)).tokens.tolist() == first.tokens[::-1].tolist()
+
+
+def test_a_mixture_has_the_lengths_of_the_rows_drawn(
+    rows: Rows, processor: MllmProcessor, tmp_path: Path
+) -> None:
+    last = tmp_path / "last.jsonl"
+    last.write_text("\n".join(rows.path.read_text().splitlines()[-4:]))
+    fewer = open_rows(last, image_root=rows.image_root)
+    files: Any = [rows, fewer]
+    mixture = Mixture(files, ["rows", "fewer"], "weights", [1.0, 3.0])
+    collator = Collator(processor)
+    found = mixture_lengths(mixture, collator)
+    assert found.tokens.tolist() == [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_cannot_be_trained_on_is_named(rows: Rows, processor: MllmProcessor, workers: int) -> None:
+    with pytest.raises(DataError, match=r"^\S*rows.jsonl:1 \(id r0\): .*needs \d+ tokens") as caught:
+        measure(rows, Collator(processor, max_length=10), workers)
+    assert "\n" not in str(caught.value)
