@@ -17,6 +17,7 @@ from conftest import (
     mixed_conversations,
     save_parts,
 )
+from llava_names import our_name
 from PIL import Image
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -38,20 +39,6 @@ SIZES = [(37, 100), (100, 37), (333, 111), (111, 333), (20, 90), (90, 90), (32, 
 Pair = tuple[
     MllmForConditionalGeneration, MllmProcessor, LlavaNextForConditionalGeneration, LlavaNextProcessor
 ]
-
-
-def our_name(name: str) -> str:
-    """transformers' tensor name -> ours."""
-    for theirs, ours in (
-        ("model.vision_tower.", "vision_encoder."),
-        ("model.multi_modal_projector.", "connector."),
-        ("model.image_newline", "connector.image_newline"),
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-    return name.replace("linear_1.", "layers.0.").replace("linear_2.", "layers.2.")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from conftest import (
     make_vision,
     mixed_conversations,
 )
+from llava_names import our_name
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -25,19 +26,6 @@ from mllm.model import MllmForConditionalGeneration, MllmProcessor
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 SIZES = [(50, 40), (40, 50), (33, 80), (80, 33), (32, 32), (31, 64), (7, 90)]
 Pair = tuple[MllmForConditionalGeneration, MllmProcessor, LlavaForConditionalGeneration, LlavaProcessor]
-
-
-def our_name(name: str) -> str:
-    """transformers' tensor name -> ours."""
-    for theirs, ours in (
-        ("model.vision_tower.", "vision_encoder."),
-        ("model.multi_modal_projector.", "connector."),
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-    ):
-        if name.startswith(theirs):
-            name = ours + name.removeprefix(theirs)
-    return name.replace("linear_1.", "layers.0.").replace("linear_2.", "layers.2.")
 
 
 @pytest.fixture(scope="module", params=[-2, -1], ids=["layer-2", "layer-1"])
