@@ -22,6 +22,7 @@ Part = Literal["vision_encoder", "connector", "fusion", "language_model", "text_
 # A directory or Hub name of published weights, or `{model_type: ..., setting: value}` for fresh ones.
 Source = str | dict[str, Any]
 Rate = Annotated[float, Field(gt=0)]
+Checkpointing = bool | Literal["selective"]
 Layer = int | Literal["last", "pooled", "projected"]
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -268,7 +269,9 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, ge=0)
     bf16: bool = False
     fp16: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = Field(
+        False, description="compute layers again (true), or only what is cheap in them (selective)"
+    )
     save_steps: int = Field(0, ge=0, description="0 saves at the end only")
     save_total_limit: int | None = Field(None, ge=1)
     logging_steps: int = Field(10, ge=1)

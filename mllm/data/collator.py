@@ -55,7 +55,7 @@ class Collator:
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)
         return batch
 
-    def layout(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    def layout(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
         """Ids, mask and labels of all rows."""
         pad = self.processor.tokenizer.pad_token_id
         return {

@@ -9,6 +9,7 @@ so a model is tried before it is trained on packs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,18 +23,30 @@ from mllm.model.processing import Encoded
 
 
 class PackingCollator(Collator):
-    """Builds packs: `input_ids`, `position_ids` and `labels` are [1, S], all else is as in a padded batch."""
+    """Builds packs: `input_ids`, `position_ids` and `labels` are [1, S], all else is as in a padded batch.
 
-    def layout(self, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    `cu_seq_lens_q` and `cu_seq_lens_k` [rows + 1] are where rows begin, `max_length_q` and `max_length_k` the
+    longest row's tokens.
+    """
+
+    def layout(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
         """The rows one after the other."""
         ids = [token for row in encoded for token in row.input_ids]
         positions = [place for row in encoded for place in range(len(row.input_ids))]
         # Nothing predicts a row's first token; in a pack, the last token of the row before would.
         labels = [label for row in encoded for label in (IGNORE, *row.labels[1:])]
+        sizes = [len(row.input_ids) for row in encoded]
+        bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)  # [rows + 1]
         return {
             "input_ids": torch.tensor([ids]),
             "position_ids": torch.tensor([positions]),
             "labels": torch.tensor([labels]),
+            # Where rows begin and end, under the names that transformers' flash attention has for it. They
+            # follow from the positions, but to read them there would hold up a GPU in every layer.
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": max(sizes),
+            "max_length_k": max(sizes),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from mllm.model.connectors import build_connector
 from mllm.model.fusion import build_fusion
 from mllm.model.fusion.base import Context
 from mllm.model.generation import ImageGenerationMixin
+from mllm.model.label_head import head_only_at, labelled_places, next_labels
 from mllm.model.language_model import build_language_model
 from mllm.model.parted import PartedModel, fixed_ids, fixed_pixels
 from mllm.model.prefix_attention import prefix_attention_mask
@@ -221,6 +223,12 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             **({"decoder_input_ids": text[None].to(device)} if config.is_encoder_decoder else {}),
         }
 
+    def _labelled(self, targets: torch.Tensor) -> tuple[torch.Tensor, AbstractContextManager[None]]:
+        """The targets [1, n] that are labels, and what makes the head compute only their positions."""
+        places = labelled_places(targets)
+        head = head_only_at(self.get_output_embeddings(), places)
+        return targets.flatten()[places][None], head
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -254,6 +262,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             past_key_values: the language model's cache.
             inputs_embeds: [B, S, Dt] in place of `input_ids` and `pixel_values`.
             labels: [B, S], -100 where masked; shifted inside. Of an encoder-decoder, [B, T]: the answers.
+                In training mode the logits are then [1, n, V], those of the n positions that have a label.
             use_cache: return a cache.
             logits_to_keep: compute only the last k logits (or those at the indices given); 0 means all.
                 Encoder-decoders always compute all.
@@ -310,26 +319,31 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             own = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
             if self.fusion is not None:
                 own |= self.fusion.arguments(fusion_context)
-        output = call_language_model(
-            self.language_model,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            # A cache filled during training would only take memory.
-            use_cache=False if use_cache is None and labels is not None else use_cache,
-            **own,
-            **kwargs,
-        )
-        loss = None
+        targets = at_labels = None
         if labels is not None:
             # An encoder-decoder's inputs are shifted already, so its labels must not be.
-            shifted = labels if self.config.is_encoder_decoder else None
+            targets = labels if self.config.is_encoder_decoder else next_labels(labels)
+            if self.training:
+                targets, at_labels = self._labelled(targets)
+        with at_labels or nullcontext():
+            output = call_language_model(
+                self.language_model,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                # A cache filled during training would only take memory.
+                use_cache=False if use_cache is None and labels is not None else use_cache,
+                **own,
+                **kwargs,
+            )
+        loss = None
+        if targets is not None:
             loss = self.loss_function(
                 output.logits,
-                labels,
+                targets,
                 output.logits.shape[-1],
                 num_items_in_batch=num_items,
-                shift_labels=shifted,
+                shift_labels=targets,
             )
         return MllmOutput(
             loss=loss,

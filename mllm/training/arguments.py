@@ -70,7 +70,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         max_grad_norm=options.max_grad_norm,
         bf16=options.bf16,
         fp16=options.fp16,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=options.gradient_checkpointing is True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,

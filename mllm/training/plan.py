@@ -19,7 +19,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mllm.config import RunConfig
+from mllm.config import Checkpointing, RunConfig
 from mllm.errors import ConfigError
 from mllm.model.adapters import is_adapter
 from mllm.training.flops import StepFlops
@@ -151,7 +151,7 @@ class Plan:
     accumulation: int
     tokens: int
     mean_tokens: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     options: list[Option]
     flops: StepFlops
     model_tflop: float
@@ -197,17 +197,17 @@ def plan(
     mean = min(mean_tokens or tokens or image + 200, longest)
     facts = {True: plain.facts(longest), False: sharded.facts(longest)}
 
-    def memory(way: Way, rows: int, checkpointing: bool) -> Memory:
+    def memory(way: Way, rows: int, checkpointing: Checkpointing) -> Memory:
         return bytes_a_rank(facts[way.zero == 0], way, gpus.count, rows, checkpointing)
 
-    def fits(way: Way, rows: int, checkpointing: bool) -> bool:
+    def fits(way: Way, rows: int, checkpointing: Checkpointing) -> bool:
         return memory(way, rows, checkpointing).total <= USABLE * gpus.memory * GIB
 
     timed = (sharded if own.zero else plain).trace(2, mean)
     flops = step_flops(timed, 2, mean)
-    # As transformers has it, the head is computed at every position.
+    # The trace has a label at every position behind the image.
     computed = sum(timed.forward.values()) + sum(timed.backward.values())
-    hardware = rows * accumulation * (computed + timed.again * options.gradient_checkpointing) / 2
+    hardware = rows * accumulation * (computed + timed.again * (options.gradient_checkpointing is True)) / 2
     labels = min(mean, max(1, mean - image))
     seconds = hardware / (peak * 1e12 * efficiency)
     return Plan(
@@ -312,7 +312,7 @@ def _packed(model: Any) -> dict[int, str]:
     }
 
 
-def bytes_a_rank(facts: Facts, way: Way, ranks: int, rows: int, checkpointing: bool) -> Memory:
+def bytes_a_rank(facts: Facts, way: Way, ranks: int, rows: int, checkpointing: Checkpointing) -> Memory:
     """Memory of one of `ranks` ranks with micro-batches of `rows` rows."""
     trained, each = facts.trained, facts.each
     share = -(-trained // ranks)  # of the optimiser, and with it of the gradients
@@ -355,30 +355,36 @@ def step_flops(trace: Trace, rows: int, tokens: int) -> StepFlops:
         image=sum(both.values()) / rows,
         token=body / (rows * tokens),
         square=attention / (rows * tokens**2),
-        label=head / (rows * tokens),
+        label=head / max(1, trace.predicted),
         again=trace.again / (rows * tokens),
     )
 
 
-def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, bool], bool]) -> Iterator[str]:
+def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, Checkpointing], bool]) -> Iterator[str]:
     """What would make a run fit that does not, or what one that fits could do without; the least first."""
     options = config.train
     rows, checkpointing = options.per_device_batch_size, options.gradient_checkpointing
     if fits(own, rows, checkpointing):
-        if checkpointing and fits(own, rows, False):
-            yield "fits without train.gradient_checkpointing, which then only costs time"
+        less: tuple[Checkpointing, ...] = (False, "selective") if checkpointing is True else (False,)
+        spared = next((way for way in less if checkpointing and fits(own, rows, way)), None)
+        if spared is not None:
+            yield f"train.gradient_checkpointing={str(spared).lower()} fits as well, and takes less time"
         return
     found = 0
     smaller = [rows // n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
     for way in (own, *(w for w in WAYS if w != own)):
-        for recompute in dict.fromkeys((checkpointing, True)):
+        for recompute in dict.fromkeys(
+            (checkpointing, *(() if checkpointing is True else ("selective",)), True)
+        ):
             size = next((size for size in smaller if fits(way, size, recompute)), None)
             if size is None:
                 continue
             file = "null" if way.zero == 0 else f"ds_configs/{way.name}.json"
             keys = {
                 "train.deepspeed": None if way == own else file,
-                "train.gradient_checkpointing": None if recompute == checkpointing else "true",
+                "train.gradient_checkpointing": None
+                if recompute == checkpointing
+                else str(recompute).lower(),
                 "train.per_device_batch_size": None if size == rows else size,
                 "train.gradient_accumulation_steps": None
                 if size == rows
@@ -398,7 +404,7 @@ def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, bool], bool]
 def report(found: Plan) -> Group:
     """The plan as a table and lines, for a terminal."""
     largest = max(option.memory.total for option in found.options)
-    recompute = "on" if found.checkpointing else "off"
+    recompute = {True: "on", False: "off"}.get(found.checkpointing, found.checkpointing)  # type: ignore[call-overload]
     unit, size = ("GiB", GIB) if largest >= GIB / 4 else ("MiB", 2**20)
     table = Table(
         title=f"{unit} a rank on {found.gpus.count} x {found.gpus.memory:g} GB, micro-batches of "

@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mllm.config import Checkpointing
 from mllm.model.parted import PartedModel
 from mllm.training.flops import attention_flops, linear_flops
+from mllm.training.recompute import is_dear_product
 
 _INTEGER = ("randint", "randperm")
 _BY_ARGUMENTS = ("arange", "full", "scalar_tensor")  # integers if their arguments are
@@ -39,8 +41,10 @@ class Trace:
         outside: bytes kept outside the layers that checkpointing recomputes, logits not counted.
         layers: bytes kept inside each of those layers, where they are not recomputed.
         inputs: bytes of their inputs, which are kept where they are.
+        dear: bytes in them that selective checkpointing keeps: results of products and of attention.
         logits: bytes kept of tensors as wide as the vocabulary.
         scores: how many numbers the logits are.
+        predicted: positions that have logits.
         forward: FLOPs of the forward pass by part; `head` is the language model's head, and what a part
             spends on attention, apart from its matrices, has the key `<part> attention`.
         backward: FLOPs of the backward pass by part.
@@ -50,15 +54,19 @@ class Trace:
     outside: int = 0
     layers: dict[int, int] = field(default_factory=dict)
     inputs: int = 0
+    dear: int = 0
     logits: int = 0
     scores: int = 0
+    predicted: int = 0
     forward: dict[str, int] = field(default_factory=dict)
     backward: dict[str, int] = field(default_factory=dict)
     again: int = 0
 
-    def kept(self, checkpointing: bool) -> int:
+    def kept(self, checkpointing: Checkpointing) -> int:
         """Bytes of activations when the backward pass begins, logits not counted."""
-        return self.outside + (self.inputs if checkpointing else sum(self.layers.values()))
+        if not checkpointing:
+            return self.outside + sum(self.layers.values())
+        return self.outside + self.inputs + self.dear * (checkpointing == "selective")
 
     def recomputed(self) -> int:
         """Bytes of the largest layer when it is computed again."""
@@ -95,7 +103,9 @@ def trace_forward(model: PartedModel, batch: Mapping[str, Tensor], autocast: tor
     mode = _Functions(counter, autocast)
     with _IntegersAreReal(), mode, torch.device("meta"), counter.watching(model), saved:
         output = model(**inputs)
-    counter.trace.scores = output.logits.numel() if counter.vocab_size > 0 else 0
+    if counter.vocab_size > 0:
+        counter.trace.scores = output.logits.numel()
+        counter.trace.predicted = output.logits.shape[:-1].numel()
     loss = output.loss  # it alone holds the graph when the backward pass begins
     del output
     counter.count_kept()
@@ -209,6 +219,11 @@ class _Counter:
                 trace.layers[layer] += size
         self.trace.inputs = sum(tensor.untyped_storage().nbytes() for tensor in self.inputs.values())
 
+    def keep_dear(self, *results: Tensor) -> None:
+        """Note what selective checkpointing keeps, if it is in a layer with a backward pass."""
+        if self.places[-1][1] is not None and results[0].requires_grad:
+            self.trace.dear += sum(tensor.nbytes for tensor in results)
+
     def compute(self, forward: int, backward: int, kind: str = "") -> None:
         """Count arithmetic."""
         part, layer = self.places[-1]
@@ -281,6 +296,7 @@ class _Functions(TorchFunctionMode):
             forward = rows * attention_flops(query.shape[-2], key.shape[-2], query.shape[-1], causal)
             learns = any(tensor.requires_grad for tensor in (query, key, value))
             self.counter.compute(forward, 2 * forward * learns, " attention")
+            self.counter.keep_dear(output, output.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
 
     @staticmethod
@@ -291,6 +307,8 @@ class _Functions(TorchFunctionMode):
         forward = linear_flops(products)
         backward = linear_flops(products, inputs.requires_grad, weight.requires_grad) - forward
         counter.compute(forward, backward, "head" if head else "")
+        if func is F.conv2d or is_dear_product(inputs.shape[-1], output.shape[-1]):
+            counter.keep_dear(output)
 
 
 class _Fused(torch.autograd.Function):

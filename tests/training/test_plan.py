@@ -18,6 +18,7 @@ from mllm.training.build import build
 from mllm.training.flops import attention_flops, decoder_flops
 from mllm.training.outline import example_batch, outline
 from mllm.training.plan import WAYS, Gpus, Measure, bytes_a_rank, plan, step_flops, way_of
+from mllm.training.recompute import checkpoint_selectively
 from mllm.training.shapes import id_of
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning, upcast_trained
@@ -80,7 +81,8 @@ def kept_by(model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | 
         loss = model.train()(**batch).loss
     # What is recomputed keeps its inputs in closures, which the hooks do not see.
     for held in gc.get_objects():
-        if isinstance(held, torch.Tensor) and id(held) not in before and held.is_floating_point():
+        new = isinstance(held, torch.Tensor) and id(held) not in before
+        if new and (held.is_floating_point() or held.dtype == torch.bool):
             kept.setdefault(id_of(held), held)
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
@@ -88,16 +90,18 @@ def kept_by(model: Any, batch: dict[str, torch.Tensor], autocast: torch.dtype | 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_activations(
-    tuning: str, autocast: torch.dtype | None, checkpointing: bool, world: Path, tmp_path: Path
+    tuning: str, autocast: torch.dtype | None, checkpointing: bool | str, world: Path, tmp_path: Path
 ) -> None:
     config = run_config(world, tmp_path / "run", TUNINGS[tuning], bf16=autocast is not None)
     model: Any
     model, processor = build(config.model)
     apply_tuning(model, config.tune)
     upcast_trained(model, config.tune)
-    if checkpointing:
+    if checkpointing == "selective":
+        checkpoint_selectively(model)
+    elif checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     measured = kept_by(model, example_batch(model, processor, ROWS, TOKENS), autocast)
     found = bytes_a_rank(Measure(config, deepspeed=False).facts(TOKENS), WAYS[0], 1, ROWS, checkpointing)
@@ -112,8 +116,8 @@ def test_flops_are_those_of_pytorchs_counter(tuning: str, world: Path, tmp_path:
     model, processor = build(config.model)
     apply_tuning(model, config.tune)
     with FlopCounterMode(display=False) as counter:
-        model.train()(**example_batch(model, processor, 2, TOKENS)).loss.backward()
-    trace = Measure(config, deepspeed=False).trace(2, TOKENS)
+        model.train()(**example_batch(model, processor, 2, 3 * TOKENS)).loss.backward()
+    trace = Measure(config, deepspeed=False).trace(2, 3 * TOKENS)
     counted = {key: flops + trace.backward[key] for key, flops in trace.forward.items()}
     products = sum(flops for key, flops in counted.items() if "attention" not in key)
     # Of a trained encoder, the layer behind the feature layer is counted too.
