@@ -272,6 +272,12 @@ class TrainSection(Section):
     gradient_checkpointing: Checkpointing = Field(
         False, description="compute layers again (true), or only what is cheap in them (selective)"
     )
+    compile: bool = Field(False, description="torch.compile of each layer of the language model")
+    kernels: Literal["liger"] | None = Field(None, description="fused kernels, on a GPU")
+    vision_batch_size: int | None = Field(
+        None, ge=1, description="images that a frozen vision encoder computes at a time; null: all"
+    )
+    optim: str | None = Field(None, description="Hugging Face's name; null: AdamW, paged for qlora on a GPU")
     save_steps: int = Field(0, ge=0, description="0 saves at the end only")
     save_total_limit: int | None = Field(None, ge=1)
     logging_steps: int = Field(10, ge=1)
@@ -285,6 +291,11 @@ class TrainSection(Section):
     def _possible(self) -> TrainSection:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true; choose one")
+        if self.compile and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                "compile and gradient_checkpointing 'selective' are both given; the compiler chooses what to "
+                "compute again by itself: remove one"
+            )
         if self.save_total_limit and not self.save_steps:
             raise ValueError(
                 "save_total_limit is given, but nothing is saved before the end; give save_steps"

@@ -104,6 +104,10 @@ def inject(
     known = {key: value for key, value in settings.items() if key in cls.__dataclass_fields__}
     # Lists of names: PEFT would shorten a long one to suffixes and write them back into its configuration.
     config = cls(**{**known, **{key: list(names) for key, names in places.items()}})
+    if cls is LoraConfig:
+        from mllm.model.lean_lora import lean_lora
+
+        config._register_custom_module({nn.Linear: lean_lora})
     inject_adapter_in_model(config, part, adapter_name=ADAPTER)
     del part.peft_config  # or PEFT would take the next adapters for a second set
     plain = (str, int, float, list, dict, type(None))

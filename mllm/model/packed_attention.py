@@ -37,8 +37,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of [B, heads, S, width], in transformers' calling convention: [B, S, heads, width].
 
-    With B = 1 and no mask, rows begin at `cu_seq_lens_q` [rows + 1], or wherever `position_ids` [1, S] are 0. A
-    larger B holds no packs.
+    With B = 1 and no mask, rows begin at `cu_seq_lens_q` [rows + 1], or wherever `position_ids` [1, S] are
+    0. A larger B holds no packs.
     """
     length = query.shape[2]
     if attention_mask is not None or len(query) > 1 or key.shape[2] != length:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,6 +21,7 @@ class PartedModel(PreTrainedModel):
     parts: ClassVar[tuple[str, ...]]
     origin: Any
     vision_encoder: Any
+    vision_batch_size: int | None = None
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -42,13 +44,23 @@ class PartedModel(PreTrainedModel):
         """Tie the parts together; called again whenever a part was replaced."""
 
     def vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the model takes from its vision encoder: [I, C, H, W] -> [I, N, Dv]."""
-        return patch_features(
-            self.vision_encoder,
-            pixel_values.to(self.vision_encoder.dtype),
-            self.config.vision_feature_layer,
-            self.config.num_prefix_tokens,
-        )
+        """What the model takes from its vision encoder: [I, C, H, W] -> [I, N, Dv].
+
+        In training with `vision_batch_size`, so many images at a time, and on every rank as often as on the
+        one with most images: weights that are spread over ranks are gathered in each call.
+        """
+        pixels = pixel_values.to(self.vision_encoder.dtype)
+        if not self.training or self.vision_batch_size is None:
+            return self._features(pixels)
+        batches = pixels.split(self.vision_batch_size)
+        features = [self._features(batch) for batch in batches]  # [<= size, N, Dv] each
+        for _ in range(most_of_ranks(len(batches), pixels.device) - len(batches)):
+            self._features(pixels[:1])
+        return torch.cat(features)
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        layer, prefix = self.config.vision_feature_layer, self.config.num_prefix_tokens
+        return patch_features(self.vision_encoder, pixels, layer, prefix)
 
     def probe_inputs(self) -> dict[str, torch.Tensor]:
         """A small fixed input that reaches every part."""
@@ -96,6 +108,15 @@ class PartedModel(PreTrainedModel):
         if has_manifest(pretrained_model_name_or_path):
             return load_model(pretrained_model_name_or_path, dtype=kwargs.get("dtype"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+
+def most_of_ranks(count: int, device: torch.device) -> int:
+    """The largest of the ranks' counts."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _has_rate(layer: nn.Module) -> bool:

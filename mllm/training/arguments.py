@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 
 from mllm.config import RunConfig, TrainSection
 from mllm.data.files import sha256_of
@@ -28,6 +30,12 @@ def check_options(options: TrainSection) -> None:
         get_scheduler(options.lr_scheduler_type, optimizer, 1, 2, options.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train.lr_scheduler_type or _kwargs: {error}") from error
+    if options.optim is not None and options.optim not in {*OptimizerNames}:
+        near = difflib.get_close_matches(options.optim, [*OptimizerNames], n=1)
+        hint = f"; did you mean {near[0].value!r}?" if near else ""
+        raise ConfigError(f"train.optim: transformers knows no {options.optim!r}{hint}")
+    if options.optim is not None and "paged" in options.optim and not torch.cuda.is_available():
+        raise ConfigError(f"train.optim: {options.optim!r} pages between a GPU and the CPU; there is no GPU")
     try:
         for callback in get_reporting_integration_callbacks(options.report_to):
             callback()
@@ -53,6 +61,9 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data.
     """
     options = config.train
+    optim = options.optim
+    if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
+        optim = "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
     arguments = TrainingArguments(
         output_dir=options.output_dir,
         learning_rate=options.learning_rate,
@@ -68,6 +79,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        **({} if optim is None else {"optim": optim}),
         bf16=options.bf16,
         fp16=options.fp16,
         gradient_checkpointing=options.gradient_checkpointing is True,

@@ -1,9 +1,9 @@
 """Activation checkpointing that computes again only what is cheap.
 
-Whole layers recomputed (`gradient_checkpointing: true`) cost another forward pass. Here the results of matrix
-products and of attention are kept, and norms, activations, rotary positions and sums between them are computed
-a second time: most of the memory comes back for a few per cent of the time (selective checkpointing, Korthikanti
-et al., arXiv 2205.05198, section 5).
+Whole layers recomputed (`gradient_checkpointing: true`) cost another forward pass. Here the results of
+matrix products and of attention are kept, and norms, activations, rotary positions and sums between them are
+computed a second time: most of the memory comes back for a few per cent of the time (selective
+checkpointing, Korthikanti et al., arXiv 2205.05198, section 5).
 """
 
 from __future__ import annotations

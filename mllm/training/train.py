@@ -19,8 +19,8 @@ from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
-from mllm.training.recompute import checkpoint_selectively
 from mllm.training.resume import last_checkpoint
+from mllm.training.speed import speed_up
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
 
@@ -59,8 +59,7 @@ def train(
             model.language_model.set_attn_implementation("packed")
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
         upcast_trained(model, config.tune)
-    if options.gradient_checkpointing == "selective":
-        checkpoint_selectively(model)
+    speed_up(model, options)
     rates = part_rates(reports, options)
     record = run_record(config, rows)
     arguments = training_arguments(config, len(rows))

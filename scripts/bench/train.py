@@ -1,0 +1,407 @@
+"""What a training step costs beside Hugging Face with LLaVA's settings: same weights, same rows, one process.
+
+    python scripts/bench/train.py --json scripts/bench/train.json
+
+A Llama with the proportions of LLaVA-1.5-7B (head / body 2 %, adapters / body 4.9 %, vision 2 % of the
+FLOPs; lengths of its instruction mix, a quarter of them) behind a CLIP encoder. Contenders take turns, an
+epoch each a round, from the first batch to the last step; the first round warms up, and the median of the
+rounds' ratios counts. One thread, float32; the seconds are the process's CPU seconds, so that other work on
+the machine counts little.
+
+Keys of the JSON: `stage2_vs_hf`, `stage1_vs_hf`: our steps a second over those of Hugging Face's Trainer
+with `LlavaForConditionalGeneration`, LLaVA's sampler, padding and gradient checkpointing (`llava_peer.py`),
+which is the reentrant kind, as LLaVA's transformers had it; `..._early_stop`: with today's default kind,
+which computes a layer's last product only once; `..._without_checkpointing`: with none. `lora_over_full`:
+seconds of our step. `activation_bytes_over_hf`: what a forward pass leaves for the backward pass, live bytes
+of the C allocator, with selective checkpointing over Hugging Face's eager model without any, on equal
+unpadded rows in full tuning, at `activation_time_over_hf` of its time. `head_speedup`: head and loss at
+every position over head and loss at the labels, where one of eight has one.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from llava_peer import PaddingCollator, train_peer
+from packing import IMAGE_TOKENS, make_manifest
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from mllm.config import RunConfig
+from mllm.data.collator import Collator
+from mllm.data.files import write_atomic
+from mllm.data.lengths import measure
+from mllm.data.rows import open_rows
+from mllm.data.schema import assistant, user
+from mllm.data.tokens import IGNORE
+from mllm.model import MllmForConditionalGeneration, MllmProcessor, load
+from mllm.model.checkpoint import save
+from mllm.model.convert import export_stock
+from mllm.model.label_head import head_only_at, labelled_places
+from mllm.training.recompute import checkpoint_selectively
+from mllm.training.train import train
+
+GOALS = {
+    "stage2_vs_hf": (">=", 1.8),
+    "stage1_vs_hf": (">=", 1.45),
+    "lora_over_full": ("<=", 0.85),
+    "activation_bytes_over_hf": ("<=", 0.75),
+    "activation_time_over_hf": ("<=", 1.1),
+    "head_speedup": (">=", 8.0),
+}
+SHRINK = 4  # of the lengths: 144 tokens an image for 576
+WIDTH, LAYERS, INNER, VOCAB = 640, 4, 1720, 628  # head / body 0.020; in the 7B model 0.0202
+RANK = 20  # adapters / body 0.049; in the 7B model, at rank 128, 0.0494
+SIDE, PATCH = 96, 8
+WORDS = [a + b + c for a in "bdfgk" for b in "aeiou" for c in ("", "n", "st")]
+
+
+def make_model(folder: Path) -> None:
+    """Our checkpoint and the same weights as transformers has them."""
+    torch.manual_seed(0)
+    vision = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+            image_size=SIDE, patch_size=PATCH,
+        )
+    )  # fmt: skip
+    tokenizer = make_tokenizer()
+    language_model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS,
+            num_attention_heads=10, max_position_embeddings=2048,
+        )
+    )  # fmt: skip
+    side = {"height": SIDE, "width": SIDE}
+    model, processor = MllmForConditionalGeneration.from_components(
+        vision_encoder=vision,
+        language_model=language_model,
+        connector={"type": "mlp"},
+        tokenizer=tokenizer,
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=side),
+        template="bare",
+    )
+    save(model, processor, folder / "start", record={"stage": "align"})
+    export_stock(folder / "start", folder / "stock")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which each of `WORDS` is a token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 10,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(["", *WORDS])] * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def write_rows(folder: Path, rows: int) -> None:
+    """`instruct.jsonl` with the mix's lengths, `align.jsonl` with captions, both with pictures."""
+    rng = np.random.default_rng(0)
+    manifest = make_manifest(rows, seed=0)
+    lines: dict[str, list[str]] = {"instruct": [], "align": []}
+    for row, (tokens, labels, views) in enumerate(
+        zip(manifest.tokens, manifest.labels, manifest.views, strict=True)
+    ):
+        Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(folder / f"{row}.png")
+        answer = max(1, int(labels) // SHRINK)
+        asked = max(1, (int(tokens) - IMAGE_TOKENS * int(views)) // SHRINK - answer)
+        pictures = [f"{row}.png"] * int(views)
+        sizes = {"instruct": (asked, answer, pictures), "align": (0, rng.integers(2, 8), [f"{row}.png"])}
+        for name, (question, said, shown) in sizes.items():
+            messages = [
+                user(" ".join(rng.choice(WORDS, question)), *shown),
+                assistant(" ".join(rng.choice(WORDS, said))),
+            ]
+            lines[name].append(json.dumps({"id": str(row), "messages": messages}))
+    for name, written in lines.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(written) + "\n")
+
+
+def run_of(folder: Path, stage: str, tuning: str, batch: int, **train_options: Any) -> RunConfig:
+    """Our run over the rows: packed, nothing recomputed."""
+    return RunConfig.model_validate(
+        {
+            "stage": stage,
+            "model": {"init_from": str(folder / "start")},
+            "tune": {
+                "vision_encoder": "frozen", "connector": "full", "language_model": tuning,
+                **({"lora": {"r": RANK, "alpha": 2 * RANK, "dropout": 0.0}} if tuning == "lora" else {}),
+            },
+            "data": {"path": str(folder / f"{stage}.jsonl"), "image_root": str(folder), "packing": True},
+            "train": {
+                "output_dir": str(folder / f"ours-{stage}-{tuning}"), "per_device_batch_size": batch,
+                "learning_rate": 1e-4, "logging_steps": 1000, **train_options,
+            },
+        }
+    )  # fmt: skip
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of an epoch and its loss, the loading of batches included; start, save and the like left
+    out."""
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        self.start = time.process_time()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.seconds, self.steps = time.process_time() - self.start, state.global_step
+
+
+class Bench:
+    """Contenders of one stage: each call trains an epoch and returns its seconds."""
+
+    def __init__(self, folder: Path, stage: str, batch: int):
+        self.folder, self.stage, self.batch = folder, stage, batch
+        self.rows = open_rows(folder / f"{stage}.jsonl", "auto", folder)
+        self.processor = MllmProcessor.from_pretrained(folder / "start")
+        self.lengths = measure(self.rows, Collator(self.processor)) if stage == "instruct" else None
+
+    def ours(self, tuning: str) -> Callable[[], float]:
+        """An epoch of our run."""
+
+        def epoch() -> float:
+            watch = Stopwatch()
+            train(run_of(self.folder, self.stage, tuning, self.batch), callbacks=[watch])
+            return watch.seconds
+
+        return epoch
+
+    def peer(self, checkpointing: str | None) -> Callable[[], float]:
+        """An epoch of Hugging Face's; `checkpointing` is `reentrant`, `early stop` or None."""
+
+        def epoch() -> float:
+            watch = Stopwatch()
+            model: Any = LlavaForConditionalGeneration.from_pretrained(self.folder / "stock")
+            model.requires_grad_(self.stage == "instruct")
+            model.model.vision_tower.requires_grad_(False)
+            model.model.multi_modal_projector.requires_grad_(True)
+            train_peer(
+                model, self.processor, self.rows, watch, self.folder / "peer",
+                batch=self.batch, lengths=self.lengths, checkpointing=checkpointing, rate=1e-4,
+            )  # fmt: skip
+            return watch.seconds
+
+        return epoch
+
+
+def in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; the first round is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, epoch in contenders.items():
+            taken = epoch()
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return median(a / b for a, b in zip(over, under, strict=True))
+
+
+class _Mallinfo2(ctypes.Structure):
+    """`struct mallinfo2` of glibc."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def live_bytes() -> int:
+    """Bytes that the process has allocated and not freed, those of tensors on the CPU among them."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallinfo2.restype = _Mallinfo2
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def forward_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[int, float]:
+    """Bytes that the forward pass leaves behind, and seconds of both passes."""
+    model.zero_grad(set_to_none=True)
+    before, start = live_bytes(), time.process_time()
+    loss = model(**batch).loss
+    kept = live_bytes() - before
+    loss.backward()
+    return kept, time.process_time() - start
+
+
+def activations(folder: Path, tuning: str, rounds: int) -> dict[str, float]:
+    """Our selective checkpointing over Hugging Face's eager model, on equal rows without padding."""
+    ours: Any = load(folder / "start")[0]
+    theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder / "stock")
+    for model, vision, connector in (
+        (ours, ours.vision_encoder, ours.connector),
+        (theirs, theirs.model.vision_tower, theirs.model.multi_modal_projector),
+    ):
+        model.requires_grad_(tuning == "full").train()
+        vision.requires_grad_(False)
+        connector.requires_grad_(True)
+    checkpoint_selectively(ours)
+    ours.train()
+    processor = MllmProcessor.from_pretrained(folder / "start")
+    rows = open_rows(folder / "instruct.jsonl", "auto", folder)
+    row = next(
+        row for row in rows if any(p["type"] == "image" for m in row["messages"] for p in m["content"])
+    )
+    batch = PaddingCollator(processor)([row] * 8)
+    ours(**batch).loss.backward()  # a graph's first pass allocates more
+    theirs(**batch).loss.backward()
+    mine, hers = [], []
+    for _ in range(2 * rounds + 1):
+        mine.append(forward_backward(ours, batch))
+        hers.append(forward_backward(theirs, batch))
+    return {
+        "bytes": median(kept for kept, _ in mine) / median(kept for kept, _ in hers),
+        "time": ratio([seconds for _, seconds in mine], [seconds for _, seconds in hers]),
+    }
+
+
+def head_speedup(rounds: int) -> float:
+    """Head and loss at every position over those at the labels, one position of eight labelled."""
+    torch.manual_seed(0)
+    head = nn.Linear(1024, 8000, bias=False)  # width / vocabulary as in the 7B model
+    hidden = torch.randn(4, 640, 1024, requires_grad=True)
+    labels = torch.full((4, 640), IGNORE)
+    labels[:, ::8] = torch.randint(0, 8000, (4, 80))
+    places = labelled_places(labels)
+
+    def seconds(chosen: torch.Tensor, context: Any) -> float:
+        head.weight.grad = hidden.grad = None
+        start = time.process_time()
+        with context:
+            logits = head(hidden)
+        nn.functional.cross_entropy(logits.float().flatten(0, 1), chosen).backward()
+        return time.process_time() - start
+
+    @contextmanager
+    def everywhere() -> Iterator[None]:
+        yield
+
+    pairs = []
+    for _ in range(2 * rounds + 2):
+        whole = seconds(labels.flatten(), everywhere())
+        pairs.append(whole / seconds(labels.flatten()[places], head_only_at(head, places)))
+    return median(pairs[1:])
+
+
+def run(folder: Path, rounds: int, rows: int) -> dict[str, Any]:
+    """All measurements."""
+    make_model(folder)
+    write_rows(folder, rows)
+    stage2, stage1 = Bench(folder, "instruct", 16), Bench(folder, "align", 32)
+    two = in_turns(
+        {
+            "ours": stage2.ours("full"),
+            "peer": stage2.peer("reentrant"),
+            "lora": stage2.ours("lora"),
+            "peer, early stop": stage2.peer("early stop"),
+            "peer without checkpointing": stage2.peer(None),
+        },
+        rounds,
+    )
+    one = in_turns(
+        {
+            "ours": stage1.ours("frozen"),
+            "peer": stage1.peer("reentrant"),
+            "peer, early stop": stage1.peer("early stop"),
+            "peer without checkpointing": stage1.peer(None),
+        },
+        rounds,
+    )
+    full, frozen = activations(folder, "full", rounds), activations(folder, "frozen", rounds)
+    return {
+        "stage2_vs_hf": ratio(two["peer"], two["ours"]),
+        "stage1_vs_hf": ratio(one["peer"], one["ours"]),
+        "lora_over_full": ratio(two["lora"], two["ours"]),
+        "activation_bytes_over_hf": full["bytes"],
+        "activation_time_over_hf": full["time"],
+        "head_speedup": head_speedup(rounds),
+        "stage2_vs_hf_early_stop": ratio(two["peer, early stop"], two["ours"]),
+        "stage1_vs_hf_early_stop": ratio(one["peer, early stop"], one["ours"]),
+        "stage2_vs_hf_without_checkpointing": ratio(two["peer without checkpointing"], two["ours"]),
+        "stage1_vs_hf_without_checkpointing": ratio(one["peer without checkpointing"], one["ours"]),
+        "activation_bytes_over_hf_stage1": frozen["bytes"],
+        "activation_time_over_hf_stage1": frozen["time"],
+        "seconds": {"stage2": two, "stage1": one},
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=48)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    load_before = os.getloadavg()[0]
+    with TemporaryDirectory() as folder:
+        found = run(Path(folder), args.rounds, args.rows)
+    table = Table(title="Ratios, medians over rounds", title_justify="left")
+    for column in ("", "measured", "bar"):
+        table.add_column(column)
+    for name, value in found.items():
+        if isinstance(value, float):
+            sign, goal = GOALS.get(name, ("", ""))
+            table.add_row(name, f"{value:.3f}", f"{sign} {goal}")
+    Console().print(table)
+    if args.json:
+        about = {
+            "rounds": args.rounds, "rows": args.rows, "torch": torch.__version__,
+            "transformers": transformers.__version__, "machine": platform.machine(),
+            "load_average": [load_before, os.getloadavg()[0]],
+        }  # fmt: skip
+        write_atomic(args.json, json.dumps({**found, "about": about}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
