@@ -31,23 +31,26 @@ class PackingCollator(Collator):
 
     def layout(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
         """The rows one after the other."""
-        ids = [token for row in encoded for token in row.input_ids]
-        positions = [place for row in encoded for place in range(len(row.input_ids))]
-        # Nothing predicts a row's first token; in a pack, the last token of the row before would.
-        labels = [label for row in encoded for label in (IGNORE, *row.labels[1:])]
-        sizes = [len(row.input_ids) for row in encoded]
-        bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)  # [rows + 1]
-        return {
-            "input_ids": torch.tensor([ids]),
-            "position_ids": torch.tensor([positions]),
-            "labels": torch.tensor([labels]),
-            # Where rows begin and end, under the names that transformers' flash attention has for it. They
-            # follow from the positions, but to read them there would hold up a GPU in every layer.
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": max(sizes),
-            "max_length_k": max(sizes),
-        }
+        return join([(row.input_ids, row.labels) for row in encoded])
+
+
+def join(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
+    """(ids, labels) of rows as one pack, see `PackingCollator`."""
+    sizes = [len(ids) for ids, _ in rows]
+    bounds = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)  # [rows + 1]
+    # Nothing predicts a row's first token; in a pack, the last token of the row before would.
+    labels = [label for _, targets in rows for label in (IGNORE, *targets[1:])]
+    return {
+        "input_ids": torch.tensor([[token for ids, _ in rows for token in ids]]),
+        "position_ids": torch.tensor([[place for size in sizes for place in range(size)]]),
+        "labels": torch.tensor([labels]),
+        # Where rows begin and end, under the names that transformers' flash attention has for it. They
+        # follow from the positions, but to read them there would hold up a GPU in every layer.
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": max(sizes),
+        "max_length_k": max(sizes),
+    }
 
 
 def check_packing(model: Any) -> None:
