@@ -255,6 +255,9 @@ class TrainSection(Section):
     learning_rates: dict[Part, Rate] = Field(default_factory=dict, description="rate per part")
     per_device_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    global_batch_size: int | None = Field(
+        None, ge=1, description="rows a step over all ranks; gradient_accumulation_steps follows from it"
+    )
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="overrides the epochs")
     lr_scheduler_type: str = "cosine"
@@ -285,7 +288,12 @@ class TrainSection(Section):
     num_workers: int = Field(0, ge=0)
     deepspeed: str | None = Field(None, description="a file of ds_configs/")
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")
-    resume: bool | str = Field(False, description="true continues the last checkpoint of output_dir")
+    rehearsal: bool = Field(
+        True, description="before step 1: write a checkpoint, read it back, compare, count the disk"
+    )
+    resume: bool | str = Field(
+        False, description="auto, true: from output_dir's newest complete checkpoint, if any; or a path"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> TrainSection:
@@ -301,6 +309,29 @@ class TrainSection(Section):
                 "save_total_limit is given, but nothing is saved before the end; give save_steps"
             )
         return self
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches a step on so many ranks.
+
+        Raises:
+            ConfigError: the global batch cannot be divided so.
+        """
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        together = ranks * self.per_device_batch_size
+        steps, left = divmod(self.global_batch_size, together)
+        if left:
+            raise ConfigError(
+                f"train.global_batch_size {self.global_batch_size} is no multiple of {ranks} ranks x "
+                f"train.per_device_batch_size {self.per_device_batch_size}; change one of them"
+            )
+        said = "gradient_accumulation_steps" in self.model_fields_set
+        if said and self.gradient_accumulation_steps != steps:
+            raise ConfigError(
+                f"train.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but "
+                f"global_batch_size {self.global_batch_size} on {ranks} ranks needs {steps}; remove the former"
+            )
+        return steps
 
 
 class RunConfig(Section):

@@ -19,3 +19,7 @@ class DataError(MllmError):
 
 class CheckpointError(MllmError):
     """A checkpoint directory is incomplete, foreign or not what its manifest says."""
+
+
+class TrainingStoppedError(MllmError):
+    """The run was stopped because going on would have trained on nonsense, or lost what it learnt."""

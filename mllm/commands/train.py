@@ -11,20 +11,28 @@ import typer
 from mllm.commands.options import AsJson, Overrides, RecipeName
 
 
-def train(recipe: RecipeName, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="auto: from the newest complete checkpoint; or the path of one")
+    ] = None,
+) -> None:
     """Train one stage.
 
     [bold]Examples[/]
 
       mllm train llava-1.5-7b/align data.path=captions.json data.image_root=images
 
-      mllm train my_recipe.yaml train.learning_rate=1e-4 train.resume=true
+      mllm train my_recipe.yaml train.learning_rate=1e-4 --resume auto
 
       deepspeed --num_gpus 8 scripts/train.py llava-1.5-7b/instruct
     """
     from mllm.training.train import train as run
 
-    typer.echo(run(recipe, overrides or []))
+    # As JSON, which is YAML, so that any path is a value.
+    asked = [] if resume is None else [f"train.resume={json.dumps(resume)}"]
+    typer.echo(run(recipe, [*(overrides or []), *asked]))
 
 
 def recipes(as_json: AsJson = False) -> None:

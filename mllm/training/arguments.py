@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
@@ -16,7 +18,9 @@ from transformers.training_args import OptimizerNames
 from mllm.config import RunConfig, TrainSection
 from mllm.data.files import sha256_of
 from mllm.data.mixture import Mixture
+from mllm.data.sampler import MicroBatches
 from mllm.errors import ConfigError
+from mllm.training.resume import PLAIN
 
 
 def check_options(options: TrainSection) -> None:
@@ -58,17 +62,20 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
     """Hugging Face's arguments for a run over that many rows.
 
     Raises:
-        ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data.
+        ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data; or a global
+            batch that the ranks cannot divide.
     """
     options = config.train
     optim = options.optim
     if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
         optim = "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
+    # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
+    ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=options.output_dir,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=options.per_device_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        gradient_accumulation_steps=options.accumulation(ranks),
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         lr_scheduler_type=options.lr_scheduler_type,
@@ -107,8 +114,17 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
     return arguments
 
 
-def run_record(config: RunConfig, rows: Mixture) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that made it."""
+def run_record(
+    config: RunConfig, rows: Mixture, arguments: TrainingArguments, batches: MicroBatches | None
+) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that made it.
+
+    Args:
+        config: of the run.
+        rows: of the run.
+        arguments: Trainer's, which know the ranks.
+        batches: of this rank, where we make them.
+    """
     files = [
         {
             "path": path,
@@ -126,5 +142,31 @@ def run_record(config: RunConfig, rows: Mixture) -> dict[str, Any]:
         "tune": config.tune.model_dump(),
         "data": {"files": files, "rows": len(rows), **order},
         "train": config.train.model_dump(),
+        "batch": _batch_record(config, arguments, batches),
         "recipe": config.model_dump(exclude_unset=True),  # what was said, so that it can be run again
     }
+
+
+def _batch_record(
+    config: RunConfig, arguments: TrainingArguments, batches: MicroBatches | None
+) -> dict[str, Any]:
+    """How a step's rows are divided, by what, and how many steps an epoch has."""
+    rows, accumulation = arguments.train_batch_size, arguments.gradient_accumulation_steps
+    together = rows * arguments.world_size
+    return {
+        "ranks": arguments.world_size,
+        "per_device": rows,
+        "accumulation": accumulation,
+        "global": together * accumulation,
+        "contrasted": together if config.on_pairs else None,
+        "steps_per_epoch": None if batches is None else math.ceil(len(batches) / accumulation),
+        "engine": engine_of(arguments),
+    }
+
+
+def engine_of(arguments: TrainingArguments) -> str:
+    """What divides the optimiser's state among ranks."""
+    if arguments.deepspeed:
+        stage = arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+        return f"DeepSpeed ZeRO-{stage}"
+    return f"FSDP ({arguments.fsdp})" if arguments.fsdp else PLAIN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -21,21 +22,27 @@ from mllm.training.flops import StepFlops, attention_flops, linear_flops
 def micro_batches(
     config: RunConfig, args: TrainingArguments, model: Any, rows: Mixture, collator: Any
 ) -> MicroBatches | None:
-    """The sampler that `data.grouping` and `data.packing` ask for; None where they ask for nothing.
+    """What a recipe's conversations are divided by; None for pairs, which the Trainer divides.
+
+    Its own way would repeat rows where an epoch's last batch does not fill all ranks, and which rows
+    depends on how many ranks there are.
 
     Raises:
         ConfigError: packs longer than `data.pack_length`.
         DataError: a row that cannot be trained on.
     """
     data, options = config.data, config.train
-    if not data.packing and data.grouping == "none":
+    if config.on_pairs:
         return None
-    with args.main_process_first(desc="lengths of the rows"):  # the others find them beside the data
-        lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save)
+    if data.packing or data.grouping != "none":
+        with args.main_process_first(desc="lengths of the rows"):  # the others find them beside the data
+            lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save)
+    else:  # all alike: in the order of the epoch, and nothing is measured
+        lengths = Lengths(*(np.broadcast_to(np.int32(0), len(rows)) for _ in fields(Lengths)))
     batches = MicroBatches(
         lengths,
         options.per_device_batch_size,
-        options.gradient_accumulation_steps,
+        args.gradient_accumulation_steps,
         args.world_size,
         args.process_index,
         options.seed,

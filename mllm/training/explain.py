@@ -87,7 +87,7 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
         mixture = open_mixture(config.data, options.seed)
         rows = len(mixture)
         data = [DataReport(*entry) for entry in mixture.report()]
-    batch = options.per_device_batch_size * options.gradient_accumulation_steps * ranks
+    batch = options.per_device_batch_size * options.accumulation(ranks) * ranks
     steps = options.max_steps or (None if rows is None else _steps(config, rows, ranks))
     warmup = f"{options.warmup_ratio:.0%} of the steps"
     return Explanation(
@@ -119,11 +119,14 @@ def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
 
 
 def _steps(config: RunConfig, rows: int, ranks: int) -> int:
-    """Optimiser steps as the Trainer counts them: a rank's last batch may be smaller."""
+    """Optimiser steps as a run counts them: pairs that do not fill a batch are left out."""
     options = config.train
-    per_rank = rows / ranks / options.per_device_batch_size
-    batches = math.floor(per_rank) if config.on_pairs else math.ceil(per_rank)
-    an_epoch = max(1, math.ceil(batches / options.gradient_accumulation_steps))
+    accumulation = options.accumulation(ranks)
+    if config.on_pairs:
+        an_epoch = max(1, math.ceil(rows // (ranks * options.per_device_batch_size) / accumulation))
+    else:  # fewer rows than ranks join the step before
+        an_epoch, left = divmod(rows, ranks * options.per_device_batch_size * accumulation)
+        an_epoch += left >= ranks or not an_epoch
     return math.ceil(an_epoch * options.num_train_epochs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import ProgressCallback, TrainerCallback
 
+from mllm.data.files import write_atomic
 from mllm.model.checkpoint import checksum, part_of
 from mllm.training.trainer import TrainingStoppedError
 
@@ -94,7 +95,7 @@ class MetricsLog(TrainerCallback):
         if state.is_world_process_zero and self.path.exists():
             kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
             text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step)
-            self.path.write_text(text, encoding="utf-8")
+            write_atomic(self.path, text)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

@@ -190,7 +190,7 @@ def plan(
     if peak is None:
         raise ConfigError(f"a card with {gpus.memory:g} GB is not known; give --tflops, its dense bf16 peak")
     options, own = config.train, way_of(config.train.deepspeed)
-    rows, accumulation = options.per_device_batch_size, options.gradient_accumulation_steps
+    rows, accumulation = options.per_device_batch_size, options.accumulation(gpus.count)
     plain, sharded = Measure(config, deepspeed=False), Measure(config, deepspeed=True)
     image = plain.image_tokens
     longest = tokens or (image + 64 if config.stage == "align" else config.data.max_length or image + 512)
@@ -387,7 +387,7 @@ def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, Checkpointin
                 else str(recompute).lower(),
                 "train.per_device_batch_size": None if size == rows else size,
                 "train.gradient_accumulation_steps": None
-                if size == rows
+                if size == rows or options.global_batch_size
                 else options.gradient_accumulation_steps * rows // size,
             }
             yield " ".join(f"{key}={value}" for key, value in keys.items() if value is not None)

@@ -19,7 +19,9 @@ from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
+from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import last_checkpoint
+from mllm.training.snapshots import clean
 from mllm.training.speed import speed_up
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
@@ -61,12 +63,13 @@ def train(
         upcast_trained(model, config.tune)
     speed_up(model, options)
     rates = part_rates(reports, options)
-    record = run_record(config, rows)
     arguments = training_arguments(config, len(rows))
+    batches = micro_batches(config, arguments, model, rows, collator)
+    record = run_record(config, rows, arguments, batches)
     trainer = MllmTrainer(
         model=model,
         args=arguments,
-        batches=micro_batches(config, arguments, model, rows, collator),
+        batches=batches,
         train_dataset=rows,
         data_collator=collator,
         processor=processor,
@@ -76,6 +79,8 @@ def train(
     )
     if config.data.packing:
         trainer.add_callback(PackingTrial())
+    if options.rehearsal:
+        trainer.add_callback(Rehearsal(trainer))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
@@ -85,7 +90,10 @@ def train(
         for name, count, share in rows.report() if len(rows.names) > 1 else ():
             console.print(f"  {name}: {count:,} rows, {share:.1%}")
         console.print(tuning_table(reports, rates))
-    checkpoint = last_checkpoint(options.output_dir, options.resume, record["data"])
+        clean(Path(options.output_dir))
+    checkpoint = last_checkpoint(options.output_dir, options.resume, record)
+    if trainer.is_world_process_zero() and checkpoint:
+        console.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return Path(options.output_dir)

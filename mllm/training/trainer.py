@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with what it lacks for a model of parts.
 
-Ours: a learning rate for each part, checkpoints that are whole, losses that name the rows behind them.
+Ours: a learning rate for each part, losses that name the rows behind them; in `saving.py`, whole checkpoints.
 The Trainer's own: the loop, accumulation, precision, DeepSpeed, and the division of the loss by the
 supervised tokens of the *global* batch (`num_items_in_batch`).
 """
@@ -8,54 +8,42 @@ supervised tokens of the *global* batch (`num_items_in_batch`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin, Trainer
 
 from mllm.data.sampler import MicroBatches
-from mllm.errors import MllmError
-from mllm.model.checkpoint import part_of, restore, save
-from mllm.model.parted import PartedModel
-from mllm.model.probe import probe
+from mllm.errors import TrainingStoppedError
+from mllm.model.checkpoint import part_of
+from mllm.training.saving import SavingTrainer
+
+__all__ = ["MllmTrainer", "TrainingStoppedError"]
 
 
-class TrainingStoppedError(MllmError):
-    """The run was stopped because going on would have trained on nonsense."""
-
-
-class MllmTrainer(Trainer):
+class MllmTrainer(SavingTrainer):
     """Trainer for both stages.
 
     Args:
-        processor: saved with every checkpoint.
         rates: learning rate of each part.
-        record: what every manifest should tell of this run.
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
-        **kwargs: of `transformers.Trainer`.
+        **kwargs: of `SavingTrainer`.
     """
 
     def __init__(
         self,
         *,
-        processor: ProcessorMixin,
         rates: Mapping[str, float],
-        record: Mapping[str, Any],
         batches: MicroBatches | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.processor = processor
         self.rates = rates
-        self.record = record
         self.batches = batches
         self.row_ids: list[str] = []
         self.dropped_turns = 0
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
-        self.probe: dict[str, Any] = {}
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's own, or one over `batches`."""
@@ -123,30 +111,3 @@ class MllmTrainer(Trainer):
         if self.dropped_turns:
             logs["dropped_turns"] = self.dropped_turns
         super().log(logs, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
-        self.probe = probe(self._plain_model())
-        super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save:  # every rank calls, one writes
-            return
-        record = {**self.record, "step": self.state.global_step}
-        save(
-            self._plain_model(),
-            self.processor,
-            Path(output_dir or str(self.args.output_dir)),
-            record=record,
-            # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
-            state_dict=state_dict,
-            probed=self.probe,
-        )
-
-    def _plain_model(self) -> PartedModel:
-        return self.accelerator.unwrap_model(self.model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put a checkpoint's tensors into the model that is already built and tuned."""
-        target: Any = self.model if model is None else model
-        restore(target, Path(resume_from_checkpoint))

@@ -19,7 +19,7 @@ import mllm
 from mllm.config import DataSection, RunConfig, SourceSection
 from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
-from mllm.errors import CheckpointError, ConfigError
+from mllm.errors import ConfigError
 from mllm.training.build import build
 from mllm.training.guards import read_metrics
 from mllm.training.resume import last_checkpoint
@@ -385,8 +385,9 @@ def test_a_mixture_is_recorded_and_resumes_as_it_was_drawn(world: Path, tmp_path
 def test_resume_takes_the_newest_complete_checkpoint(world: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert last_checkpoint(output, True, {}) is None
+    assert last_checkpoint(output, "auto", {}) is None
     train(run_config(world, output, TUNINGS["connector"], save_steps=1))
-    data = json.loads((output / "mllm_manifest.json").read_text())["data"]
+    data = json.loads((output / "mllm_manifest.json").read_text())
     shutil.copytree(output / "checkpoint-2", output / "checkpoint-10")
     assert last_checkpoint(output, True, data) == str(output / "checkpoint-10")  # by number, not by letter
     (output / "checkpoint-10" / "trainer_state.json").unlink()  # killed while it was written
@@ -403,7 +404,7 @@ def test_resume_takes_the_newest_complete_checkpoint(world: Path, tmp_path: Path
 @pytest.mark.parametrize("other", ["llm", "lora_llm"])
 def test_resuming_with_another_tuning_is_refused(world: Path, tmp_path: Path, other: str) -> None:
     output = train(run_config(world, tmp_path / "run", TUNINGS["connector"], save_steps=1, max_steps=1))
-    with pytest.raises(CheckpointError, match=r"cannot resume, '.*': the checkpoint lacks it"):
+    with pytest.raises(ConfigError, match=r"was trained with tune\.\w+=\w+, this run has \w+; set it back"):
         train(run_config(world, output, TUNINGS[other], resume=True))
 
 

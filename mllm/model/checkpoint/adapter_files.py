@@ -56,7 +56,7 @@ def _name_on_disk(name: str) -> str:
 
 def load_adapters(model: PartedModel, folder: Path, expected: Mapping[str, Any]) -> None:
     """Insert the adapters that a checkpoint was saved with."""
-    tensors = _adapter_tensors(folder, expected)
+    tensors = adapter_tensors(folder, expected)
     for place in _adapter_folders(folder):
         try:
             settings = json.loads((place / ADAPTER_CONFIG).read_text(encoding="utf-8"))
@@ -76,10 +76,11 @@ def load_adapters(model: PartedModel, folder: Path, expected: Mapping[str, Any])
 
 def restore_adapters(model: PartedModel, folder: Path, expected: Mapping[str, Any]) -> None:
     """Copy the tensors that a checkpoint was saved with into adapters that are there."""
-    _set_adapters(model, _adapter_tensors(folder, expected), folder)
+    _set_adapters(model, adapter_tensors(folder, expected), folder)
 
 
-def _adapter_tensors(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def adapter_tensors(folder: Path, expected: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors in an adapter's files, checked against the manifest."""
     listed = {_name_on_disk(name): entry for name, entry in expected.items()}
     files = [place / ADAPTER_WEIGHTS for place in _adapter_folders(folder)]
     return checked_tensors(folder, files, listed, PEFT_PREFIX)

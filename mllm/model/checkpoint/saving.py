@@ -18,6 +18,7 @@ from mllm.model.checkpoint.adapter_files import ADAPTER_DIR, save_adapters
 from mllm.model.checkpoint.directory import atomic_directory
 from mllm.model.checkpoint.manifest import FORMAT, MANIFEST, describe, dtype_name
 from mllm.model.checkpoint.origin import origin_of, part_of
+from mllm.model.checkpoint.verify import verify
 from mllm.model.parted import PartedModel
 from mllm.model.parts import Base
 from mllm.model.probe import probe
@@ -44,6 +45,9 @@ def save(
 
     Returns:
         The directory.
+
+    Raises:
+        CheckpointError: a tensor is empty or not finite, or was not written as it is; nothing is saved.
     """
     path = Path(path)
     origin = origin_of(model)
@@ -71,6 +75,7 @@ def save(
             **(record or {}),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        verify(folder)
     return path
 
 

@@ -1,0 +1,149 @@
+"""Before step 1, in the real set-up of ranks: write a checkpoint, read it back, compare, count the disk.
+
+What would otherwise show after the first hours (a tensor that is not saved, a model that does not load, an
+optimiser that does not come back, a disk that fills up on day two) shows now. It changes nothing: the run
+behind it computes the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from mllm.errors import CheckpointError, ConfigError, MllmError, TrainingStoppedError
+from mllm.model.checkpoint import load_model
+from mllm.training.saving import SavingTrainer, amount
+from mllm.training.snapshots import STAGING, complete_snapshots
+
+
+class Rehearsal(TrainerCallback):
+    """Rehearses saving and loading when the optimiser and the ranks are there."""
+
+    def __init__(self, trainer: SavingTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `rehearse`."""
+        rehearse(self.trainer)
+
+
+def rehearse(trainer: SavingTrainer) -> None:
+    """Write a checkpoint aside, by all ranks; load it, compare it, resume from it, remove it.
+
+    Raises:
+        TrainingStoppedError: it is not what was saved, or the disk cannot hold what the run will write.
+    """
+    args = trainer.args
+    with _generators_kept():
+        folder = trainer.write_aside()
+        try:
+            problem = [None if not args.should_save else _problem(trainer, folder)]
+            broadcast_object_list(problem)  # so that every rank stops, and none waits for another
+            if problem[0] is not None:
+                raise TrainingStoppedError(problem[0])
+            if not trainer.is_fsdp_enabled:  # its optimiser has no state that could be loaded before step 1
+                trainer.read_back(folder)
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            if args.should_save:
+                shutil.rmtree(Path(str(args.output_dir)) / STAGING, ignore_errors=True)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """What is drawn inside is not missing outside."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def _problem(trainer: SavingTrainer, folder: Path) -> str | None:
+    """What is wrong with a checkpoint that was just written, in one line; None if nothing."""
+    try:
+        _compare(trainer, folder)
+        _check_disk(trainer, folder)
+    except MllmError as error:
+        return f"rehearsal of a save: {error}"
+    return None
+
+
+def _compare(trainer: SavingTrainer, folder: Path) -> None:
+    """Load the model as a user would, which checks every tensor and the probe, and compare all bits."""
+    with _built_whole(trainer):
+        loaded = load_model(folder).state_dict()
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return  # no rank has whole tensors; the checksums in the manifest are of the gathered ones
+    own = trainer._plain_model().state_dict()
+    if odd := sorted(set(own) ^ set(loaded)):
+        raise CheckpointError(f"{odd[0]!r} stands on one side only of a save")
+    for name, tensor in own.items():
+        if not torch.equal(tensor.detach().cpu(), loaded[name]):
+            raise CheckpointError(f"{name!r} is not what was saved")
+
+
+@contextmanager
+def _built_whole(trainer: SavingTrainer) -> Iterator[None]:
+    """Under ZeRO-3 transformers divides every model it builds among the ranks; this one is of one rank."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(trainer.accelerator.state.deepspeed_plugin.hf_ds_config)
+
+
+def _check_disk(trainer: SavingTrainer, folder: Path) -> None:
+    """Is there room for the checkpoints that the run will keep, and for its last one?"""
+    args, state = trainer.args, trainer.state
+    output_dir = Path(str(args.output_dir))
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    trainer.checkpoint_bytes = sum(sizes.values()) + _optimizer_growth(trainer)
+    final = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
+    saves, limit = 0, args.save_total_limit
+    if args.save_strategy == "steps":
+        saves = math.ceil((state.max_steps - state.global_step) / args.save_steps)
+        if limit is not None:  # one more than are kept, while the oldest is still there
+            saves = min(saves, max(1, limit + 1 - len(complete_snapshots(output_dir))))
+    needed = saves * trainer.checkpoint_bytes + final
+    free = shutil.disk_usage(output_dir).free + sum(sizes.values())  # these will be removed
+    if needed > free:
+        fit = int((free - final) // trainer.checkpoint_bytes) - 1
+        cure = (
+            f"set train.save_total_limit={fit}, or "
+            if saves and fit > 0 and (limit or math.inf) > fit
+            else ""
+        )
+        raise ConfigError(
+            f"the disk of train.output_dir {str(output_dir)!r} has {amount(free)} free, the run will write "
+            f"{saves} checkpoints of {amount(trainer.checkpoint_bytes)} beside its model of {amount(final)}; "
+            f"{cure}make room"
+        )
+
+
+def _optimizer_growth(trainer: SavingTrainer) -> int:
+    """Bytes that the optimiser's state will have and has not yet: Adam makes its two moments in step 1."""
+    optimizer: Any = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's
+        optimizer = optimizer.optimizer
+    if optimizer.state:
+        return 0
+    return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])

@@ -1,0 +1,190 @@
+"""How a run writes its checkpoints and reads them back: the part of the trainer that touches the disk."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
+from transformers import ProcessorMixin, Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+
+from mllm.errors import TrainingStoppedError
+from mllm.model.checkpoint import restore, save
+from mllm.model.parted import PartedModel
+from mllm.model.probe import probe
+from mllm.training.snapshots import (
+    PREFIX,
+    STAGING,
+    complete_snapshots,
+    next_launch,
+    publish,
+    read_marker,
+    rotate,
+    step_of,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class SavingTrainer(Trainer):
+    """Trainer whose checkpoints are whole or not there, and hold our models.
+
+    Args:
+        processor: saved with every checkpoint.
+        record: what every manifest should tell of this run.
+        **kwargs: of `transformers.Trainer`.
+
+    Attributes:
+        checkpoint_bytes: what a checkpoint is expected to take on the disk.
+    """
+
+    def __init__(self, *, processor: ProcessorMixin, record: Mapping[str, Any], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.processor = processor
+        self.record = record
+        self.probe: dict[str, Any] = {}
+        # Weights and two moments of Adam, until the rehearsal has measured it.
+        trained = [p for p in self._plain_model().parameters() if p.requires_grad]
+        self.checkpoint_bytes = sum(p.numel() * (p.element_size() + 8) for p in trained)
+        self._launch: int | None = None
+        self._staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where Trainer lays checkpoints and removes old ones; while one is written, a place of its own."""
+        return str(self._staging) if self._staging else super()._get_output_dir(trial)
+
+    def write_aside(self) -> Path:
+        """Write a checkpoint, by all ranks, where nobody takes it for one; returns its place."""
+        output_dir = Path(str(self.args.output_dir))
+        if self.args.should_save:
+            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # or the first would remove what another has begun to write
+        self._staging = output_dir / STAGING
+        try:
+            with full_disk_stops(output_dir, self.checkpoint_bytes):
+                super()._save_checkpoint(self.model, None)
+        except BaseException:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        return output_dir / STAGING / f"{PREFIX}{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """A new checkpoint is complete before an old one goes."""
+        folder = self.write_aside()
+        if not self.args.should_save:
+            return
+        output_dir = Path(str(self.args.output_dir))
+        if self._launch is None:
+            self._launch = next_launch(output_dir)
+        about = {"ranks": self.args.world_size, "launch": self._launch, "step": self.state.global_step}
+        with full_disk_stops(output_dir, self.checkpoint_bytes):
+            publish(folder, output_dir, about)
+        rotate(output_dir, self.args.save_total_limit)
+        shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
+        self.probe = probe(self._plain_model())
+        with full_disk_stops(Path(str(self.args.output_dir)), self.checkpoint_bytes):
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # every rank calls, one writes
+            return
+        record = {**self.record, "step": self.state.global_step}
+        save(
+            self._plain_model(),
+            self.processor,
+            Path(output_dir or str(self.args.output_dir)),
+            record=record,
+            # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
+            state_dict=state_dict,
+            probed=self.probe,
+        )
+
+    def _plain_model(self) -> PartedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def read_back(self, folder: Path) -> None:
+        """Take over a checkpoint as a resumed run would, in the middle of this one."""
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, str(folder))
+        else:
+            self._load_from_checkpoint(str(folder))
+        self._load_optimizer_and_scheduler(str(folder))
+        self._load_scaler(str(folder))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put a checkpoint's tensors into the model that is already built and tuned."""
+        target: Any = self.model if model is None else model
+        restore(target, Path(resume_from_checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's generators as they were; on another number of ranks, new ones that are told apart."""
+        if checkpoint is None:
+            return
+        saved, now = read_marker(Path(checkpoint))["ranks"], self.args.world_size
+        if saved == now:
+            super()._load_rng_state(checkpoint)
+            return
+        # Neither the states of ranks that are gone nor one and the same for all: dropout differs by rank.
+        seed = (self.args.seed + 1_000_003 * step_of(Path(checkpoint)) + self.args.process_index) % 2**32
+        set_seed(seed)
+        if self.is_world_process_zero():
+            logger.warning(
+                "resumed on %d ranks, trained on %d: each step has the rows it would have had; dropout draws anew",
+                now,
+                saved,
+            )
+
+
+@contextmanager
+def full_disk_stops(output_dir: Path, needed: int) -> Iterator[None]:
+    """Turn the errors of a full disk into one line.
+
+    Raises:
+        TrainingStoppedError: the disk was full; names what it has and what it needs.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full(error, output_dir, needed):
+            raise
+        free = shutil.disk_usage(output_dir).free
+        whole = complete_snapshots(output_dir)
+        last = (
+            f"the last complete checkpoint is {whole[-1]}" if whole else "there is no complete checkpoint yet"
+        )
+        raise TrainingStoppedError(
+            f"the disk of train.output_dir {str(output_dir)!r} is full: a checkpoint takes about "
+            f"{amount(needed)}, {amount(free)} are free; {last}; make room, or lower train.save_total_limit, "
+            "and go on with train.resume=auto"
+        ) from error
+
+
+def _is_full(error: BaseException, output_dir: Path, needed: int) -> bool:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error)
+    if "No space left" in text or "quota exceeded" in text:  # safetensors
+        return True
+    # torch.save does not say why it could not write.
+    by_torch = "PytorchStreamWriter" in text or "inline_container" in text
+    return by_torch and shutil.disk_usage(output_dir).free < needed
+
+
+def amount(size: float) -> str:
+    """Bytes for people."""
+    units = ("bytes", "KB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, len(str(int(size))) - 1) // 3)
+    return f"{size / 1000**power:.{min(1, power)}f} {units[power]}"
