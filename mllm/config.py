@@ -329,7 +329,7 @@ class TrainSection(Section):
         if said and self.gradient_accumulation_steps != steps:
             raise ConfigError(
                 f"train.gradient_accumulation_steps is {self.gradient_accumulation_steps}, but "
-                f"global_batch_size {self.global_batch_size} on {ranks} ranks needs {steps}; remove the former"
+                f"global_batch_size {self.global_batch_size} on {ranks} ranks needs {steps}; remove the one"
             )
         return steps
 

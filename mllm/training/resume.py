@@ -84,8 +84,8 @@ def _check_engine(found: Path, saved: Mapping[str, Any], now: Mapping[str, Any])
     if saved["ranks"] != now["ranks"] and now["engine"] != PLAIN:
         raise ConfigError(
             f"train.resume: {found} has the optimiser's state in {saved['ranks']} parts, {now['engine']} "
-            f"on {now['ranks']} ranks cannot take it over; start {saved['ranks']}, or a new run, whose optimiser is new "
-            f"too, with model.init_from={found}"
+            f"on {now['ranks']} ranks cannot take it over; start {saved['ranks']} ranks, or a new run, whose "
+            f"optimiser is new too, with model.init_from={found}"
         )
 
 
@@ -94,8 +94,8 @@ def _check_batch(found: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     if saved["global"] != now["global"]:
         raise ConfigError(
             f"train.resume: {found} was trained with {saved['global']} rows a step, this run has "
-            f"{now['global']} ({now['ranks']} ranks x {now['per_device']} x {now['accumulation']}): the order "
-            f"of the rows would change; set train.global_batch_size={saved['global']}"
+            f"{now['global']} ({now['ranks']} ranks x {now['per_device']} x {now['accumulation']}): the rows "
+            f"would come in another order; set train.global_batch_size={saved['global']}"
         )
     if saved["contrasted"] != now["contrasted"]:
         raise ConfigError(

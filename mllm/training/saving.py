@@ -27,7 +27,6 @@ from mllm.training.snapshots import (
     publish,
     read_marker,
     rotate,
-    step_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,11 +67,8 @@ class SavingTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # or the first would remove what another has begun to write
         self._staging = output_dir / STAGING
         try:
-            with full_disk_stops(output_dir, self.checkpoint_bytes):
+            with self._removed_if_unfinished():
                 super()._save_checkpoint(self.model, None)
-        except BaseException:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            raise
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -87,10 +83,21 @@ class SavingTrainer(Trainer):
         if self._launch is None:
             self._launch = next_launch(output_dir)
         about = {"ranks": self.args.world_size, "launch": self._launch, "step": self.state.global_step}
-        with full_disk_stops(output_dir, self.checkpoint_bytes):
+        with self._removed_if_unfinished():
             publish(folder, output_dir, about)
         rotate(output_dir, self.args.save_total_limit)
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+    @contextmanager
+    def _removed_if_unfinished(self) -> Iterator[None]:
+        """What was written of a checkpoint goes at any error, and that of a full disk becomes one line."""
+        output_dir = Path(str(self.args.output_dir))
+        with full_disk_stops(output_dir, self.checkpoint_bytes):
+            try:
+                yield
+            except BaseException:
+                shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+                raise
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
@@ -124,6 +131,13 @@ class SavingTrainer(Trainer):
         self._load_optimizer_and_scheduler(str(folder))
         self._load_scaler(str(folder))
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Nothing if the last step has been taken: Trainer would take one more of a resumed run's epoch."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's tensors into the model that is already built and tuned."""
         target: Any = self.model if model is None else model
@@ -133,16 +147,17 @@ class SavingTrainer(Trainer):
         """This rank's generators as they were; on another number of ranks, new ones that are told apart."""
         if checkpoint is None:
             return
-        saved, now = read_marker(Path(checkpoint))["ranks"], self.args.world_size
+        marker, now = read_marker(Path(checkpoint)), self.args.world_size
+        saved = marker["ranks"]
         if saved == now:
             super()._load_rng_state(checkpoint)
             return
         # Neither the states of ranks that are gone nor one and the same for all: dropout differs by rank.
-        seed = (self.args.seed + 1_000_003 * step_of(Path(checkpoint)) + self.args.process_index) % 2**32
+        seed = (self.args.seed + 1_000_003 * marker["step"] + self.args.process_index) % 2**32
         set_seed(seed)
         if self.is_world_process_zero():
             logger.warning(
-                "resumed on %d ranks, trained on %d: each step has the rows it would have had; dropout draws anew",
+                "resumed on %d ranks, trained on %d: each step has the rows it would have; dropout is anew",
                 now,
                 saved,
             )

@@ -106,6 +106,8 @@ def complete_snapshots(output_dir: Path) -> list[Path]:
     """
     found = []
     for path in output_dir.glob(f"{PREFIX}*"):
+        if not path.name.removeprefix(PREFIX).isdigit():
+            continue
         if (reason := fault(path)) is None:
             found.append((read_marker(path)["launch"], step_of(path), path))
         else:
@@ -131,8 +133,6 @@ def read_marker(path: Path) -> dict[str, Any]:
 
 def fault(path: Path) -> str | None:
     """Why a folder is no complete checkpoint; None if it is one."""
-    if not path.name.removeprefix(PREFIX).isdigit():
-        return "its name has no step"
     try:
         listed = read_marker(path)["files"]
         json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
