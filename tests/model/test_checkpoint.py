@@ -28,7 +28,7 @@ from mllm.config import TuneSection
 from mllm.errors import CheckpointError
 from mllm.model import MllmProcessor
 from mllm.model.adapters import is_adapter, merge_adapters
-from mllm.model.checkpoint import MANIFEST, manifest_hash, save
+from mllm.model.checkpoint import MANIFEST, finish_save, manifest_hash, save
 from mllm.model.probe import check_probe, probe
 from mllm.training.build import build
 from mllm.training.train import train
@@ -564,6 +564,45 @@ KILLED = """
         if number == 1:
             print("saving", flush=True)
 """
+
+
+def test_a_save_over_an_older_one_is_completed_after_a_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file that is moved or removed: the old one, or none that loads until the new is complete."""
+    model, processor = make_model()
+    place = save(model, processor, tmp_path / "run")
+    with torch.no_grad():
+        model.connector.layers[0].weight.add_(1)
+    want = logits_of(model, processor)
+    cuts = 0
+    for function in (Path.replace, Path.unlink):
+        for at in range(30):
+            left = [at]
+
+            def cut(
+                self: Path, *others: Any, left: list[int] = left, function: Any = function, **kw: Any
+            ) -> Any:
+                if self.parent.parent == tmp_path:
+                    left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt  # nothing tidies up behind it, as behind a kill
+                return function(self, *others, **kw)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, function.__name__, cut)
+                try:
+                    save(model, processor, place)
+                    break
+                except KeyboardInterrupt:
+                    cuts += 1
+            if not (place / MANIFEST).exists():
+                with pytest.raises(CheckpointError, match="a save was cut off"):
+                    mllm.load(place)
+            finish_save(place)
+            assert torch.equal(logits_at(place), want)
+            assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+    assert cuts > 8
 
 
 def test_kill_minus_nine_in_the_middle_of_saves(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_disk_that_cannot_hold_the_run_is_seen_before_the_first_step(world: Pa
 
 @pytest.mark.parametrize("left", [100_000, 350_000, 600_000, 900_000])
 def test_a_disk_that_is_full_at_a_save(world: Path, small_disk: Path, left: int) -> None:
-    """Whichever file is the one that does not fit: the checkpoint before stays, and the run goes on later."""
+    """Whichever file does not fit: the checkpoint before stays, and the run goes on later."""
 
     class Fill(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

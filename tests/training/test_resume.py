@@ -17,6 +17,7 @@ from ranks import on_ranks
 from runs import make_world, run_config, write_rows
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from typer.testing import CliRunner
 
 from mllm.cli import app
@@ -239,6 +240,17 @@ def test_what_would_silently_differ_is_refused(
     assert "\n" not in str(error.value)
 
 
+def test_a_finished_run_has_nothing_left_to_do(world: Path, tmp_path: Path) -> None:
+    """In the middle of an epoch of four steps, where Trainer alone would take one more."""
+    output = train(config(world, tmp_path / "run", CONNECTOR, max_steps=6))
+    before = load_file(output / "model.safetensors")
+    train(config(world, output, CONNECTOR, max_steps=6, resume="auto"))
+    after = load_file(output / "model.safetensors")
+    assert [line["step"] for line in metrics(output)] == list(range(1, 7))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert record_of(output)["step"] == 6
+
+
 def test_the_global_batch_is_kept_by_accumulation() -> None:
     section = TrainSection(output_dir="x", global_batch_size=16, per_device_batch_size=2)
     assert [section.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
@@ -339,6 +351,7 @@ def zero_runs(rank: int, world: int, runs: Mapping[str, RunConfig]) -> None:
                 train(run, callbacks=[CrashAt(4)])
         else:
             train(run)
+        unset_hf_deepspeed_config()  # or transformers builds the next model for ZeRO-3
 
 
 class CrashAt(Crash):
@@ -356,7 +369,6 @@ def test_zero_resumes_exactly_and_on_the_same_ranks_only(world: Path, tmp_path: 
     pytest.importorskip("deepspeed")
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 3, "per_device_batch_size": 1}
     runs = {}
-    # Behind a run with ZeRO-3, transformers builds every model of the process for ZeRO-3: it comes last.
     for stage in ("zero2", "zero3"):
         own = {**options, "deepspeed": str(DS_CONFIGS / f"{stage}.json")}
         place = tmp_path / f"{stage}-parts"

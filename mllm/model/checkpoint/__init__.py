@@ -13,7 +13,7 @@ Files in the order of use: origin, manifest, adapter_files, directory, saving; a
 """
 
 from mllm.model.checkpoint.assembly import assemble, assign
-from mllm.model.checkpoint.directory import atomic_directory
+from mllm.model.checkpoint.directory import atomic_directory, finish_save
 from mllm.model.checkpoint.loading import load, load_model, model_class, restore
 from mllm.model.checkpoint.manifest import (
     MANIFEST,
@@ -33,6 +33,7 @@ __all__ = [
     "assign",
     "atomic_directory",
     "checksum",
+    "finish_save",
     "has_manifest",
     "load",
     "load_model",

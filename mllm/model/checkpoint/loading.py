@@ -16,6 +16,7 @@ from mllm.errors import CheckpointError, ConfigError
 from mllm.model.adapters import canonical_name
 from mllm.model.checkpoint.adapter_files import ADAPTER_DIR, load_adapters, restore_adapters
 from mllm.model.checkpoint.assembly import assemble
+from mllm.model.checkpoint.directory import ready_place
 from mllm.model.checkpoint.manifest import MANIFEST, has_manifest, read_manifest, saved_tensors
 from mllm.model.checkpoint.origin import Origin, part_of
 from mllm.model.checkpoint.saving import tensors_to_save
@@ -60,6 +61,11 @@ def load(
     """
     path = Path(path)
     if not has_manifest(path):
+        if ready_place(path).is_dir():
+            raise CheckpointError(
+                f"{path}: a save was cut off; start its run again with --resume auto, or complete it with "
+                "mllm.model.checkpoint.finish_save"
+            )
         raise CheckpointError(f"{path}: no {MANIFEST} here; give the directory of a checkpoint saved by mllm")
     processor = MODELS[model_class(path).config_class.model_type][1].from_pretrained(path)
     return load_model(path, device=device, dtype=dtype, base=base, quantization=quantization), processor
