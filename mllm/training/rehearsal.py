@@ -149,6 +149,9 @@ def _optimizer_growth(trainer: SavingTrainer) -> int:
     optimizer: Any = trainer.optimizer
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's
         optimizer = optimizer.optimizer
-    if optimizer.state:
+    if any(tensor.dim() for state in optimizer.state.values() for tensor in state.values()):
         return 0
-    return sum(2 * p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    trained = [p for p in trainer._plain_model().parameters() if p.requires_grad]
+    if trainer.is_deepspeed_enabled:  # in float32, whatever the weights are; with ZeRO-3 these are shells
+        return sum(8 * getattr(p, "ds_numel", p.numel()) for p in trained)
+    return sum(2 * p.numel() * p.element_size() for p in trained)

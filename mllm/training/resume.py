@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import read_manifest
 from mllm.training.snapshots import complete_snapshots, fault
@@ -45,6 +47,22 @@ def last_checkpoint(output_dir: str | Path, resume: bool | str, record: Mapping[
     _check_engine(found, saved["batch"], record["batch"])
     _check_batch(found, saved["batch"], record["batch"])
     return str(found)
+
+
+def agreed(found: str | None) -> str | None:
+    """The checkpoint, if all ranks have found the same one.
+
+    Raises:
+        ConfigError: they have not; some would resume and others start anew.
+    """
+    everywhere = gather_object([found])
+    if len(set(everywhere)) > 1:
+        listed = ", ".join(f"rank {rank} {one}" for rank, one in enumerate(everywhere))
+        raise ConfigError(
+            f"train.resume: the ranks find different checkpoints ({listed}); train.output_dir must be on "
+            "storage that all nodes share"
+        )
+    return found
 
 
 def _find(output_dir: Path, resume: bool | str) -> Path | None:

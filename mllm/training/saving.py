@@ -68,7 +68,7 @@ class SavingTrainer(Trainer):
         self._staging = output_dir / STAGING
         try:
             with self._removed_if_unfinished():
-                super()._save_checkpoint(self.model, None)
+                super()._save_checkpoint(self.model_wrapped, None)
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
@@ -82,7 +82,12 @@ class SavingTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         if self._launch is None:
             self._launch = next_launch(output_dir)
-        about = {"ranks": self.args.world_size, "launch": self._launch, "step": self.state.global_step}
+        about = {
+            "step": self.state.global_step,
+            "launch": self._launch,
+            "ranks": self.args.world_size,
+            "expected_bytes": self.checkpoint_bytes,
+        }
         with self._removed_if_unfinished():
             publish(folder, output_dir, about)
         rotate(output_dir, self.args.save_total_limit)
@@ -131,12 +136,12 @@ class SavingTrainer(Trainer):
         self._load_optimizer_and_scheduler(str(folder))
         self._load_scaler(str(folder))
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing if the last step has been taken: Trainer would take one more of a resumed run's epoch."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(**kwargs)
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's tensors into the model that is already built and tuned."""

@@ -20,7 +20,7 @@ from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
-from mllm.training.resume import last_checkpoint
+from mllm.training.resume import agreed, last_checkpoint
 from mllm.training.snapshots import clean
 from mllm.training.speed import speed_up
 from mllm.training.trainer import MllmTrainer
@@ -91,7 +91,7 @@ def train(
             console.print(f"  {name}: {count:,} rows, {share:.1%}")
         console.print(tuning_table(reports, rates))
         clean(Path(options.output_dir))
-    checkpoint = last_checkpoint(options.output_dir, options.resume, record)
+    checkpoint = agreed(last_checkpoint(options.output_dir, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
         console.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)

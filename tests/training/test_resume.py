@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from mllm.cli import app
 from mllm.config import RunConfig, TrainSection
 from mllm.errors import ConfigError
+from mllm.training.explain import _steps
 from mllm.training.guards import read_metrics
 from mllm.training.resume import last_checkpoint
-from mllm.training.snapshots import MARKER, STAGING, complete_snapshots, rotate
+from mllm.training.snapshots import MARKER, STAGING, complete_snapshots, read_marker, rotate
 from mllm.training.train import train
 from mllm.training.trainer import MllmTrainer
 
@@ -256,6 +257,10 @@ def test_the_global_batch_is_kept_by_accumulation() -> None:
     assert [section.accumulation(ranks) for ranks in (1, 2, 4, 8)] == [8, 4, 2, 1]
     with pytest.raises(ConfigError, match=r"16 is no multiple of 3 ranks x train\.per_device_batch_size 2"):
         section.accumulation(3)
+    options = {"global_batch_size": 16, "per_device_batch_size": 2}
+    run = run_config(Path("x"), Path("y"), CONNECTOR, **options)
+    # Two rows that are left over are a step of their own, but not for four ranks.
+    assert [_steps(run, 34, ranks) for ranks in (1, 2, 4)] == [3, 3, 2]
     both = section.model_copy(update={"gradient_accumulation_steps": 4})
     assert both.accumulation(2) == 4
     with pytest.raises(ConfigError, match="steps is 4, but global_batch_size 16 on 4 ranks needs 2"):
@@ -380,6 +385,8 @@ def test_zero_resumes_exactly_and_on_the_same_ranks_only(world: Path, tmp_path: 
     on_ranks(zero_runs, 2, tmp_path, runs)
     for stage in ("zero2", "zero3"):
         same_run(tmp_path / f"{stage}-whole", tmp_path / f"{stage}-parts", 6)
+        marker = read_marker(tmp_path / f"{stage}-whole" / "checkpoint-6")
+        assert sum(marker["files"].values()) <= 1.02 * marker["expected_bytes"]
     output = tmp_path / "zero2-parts"
     record = record_of(output)
     record["batch"] |= {"ranks": 1, "accumulation": 4}
