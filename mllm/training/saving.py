@@ -64,6 +64,10 @@ class SavingTrainer(Trainer):
         output_dir = Path(str(self.args.output_dir))
         if self.args.should_save:
             shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(output_dir).free < self.checkpoint_bytes:
+                # A limit that was lowered because the disk was full; the last complete one stays.
+                rotate(output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()  # or the first would remove what another has begun to write
         self._staging = output_dir / STAGING
         try:

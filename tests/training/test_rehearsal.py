@@ -146,6 +146,22 @@ def test_a_disk_that_cannot_hold_the_run_is_seen_before_the_first_step(world: Pa
     train(config.model_copy(update={"train": limited}))
 
 
+def test_a_lower_limit_makes_room_on_a_full_disk(world: Path, small_disk: Path) -> None:
+    config = run_config(world, small_disk / "run", FULL, save_steps=1, max_steps=5, rehearsal=False)
+    with pytest.raises(TrainingStoppedError, match=r"is full: .*lower train.save_total_limit"):
+        train(config)
+    assert [path.name for path in complete_snapshots(small_disk / "run")][-1] == "checkpoint-3"
+    limited = {"save_total_limit": 1, "resume": "auto", "rehearsal": True}
+    output = train(config.model_copy(update={"train": config.train.model_copy(update=limited)}))
+    assert [line["step"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+
+
 @pytest.mark.parametrize("left", [100_000, 350_000, 600_000, 900_000])
 def test_a_disk_that_is_full_at_a_save(world: Path, small_disk: Path, left: int) -> None:
     """Whichever file does not fit: the checkpoint before stays, and the run goes on later."""
