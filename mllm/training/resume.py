@@ -17,7 +17,7 @@ from mllm.model.checkpoint import read_manifest
 from mllm.training.snapshots import complete_snapshots, fault
 
 # Settings that the saved state of the optimiser brings along: other ones would silently not be used.
-OF_THE_OPTIMIZER = ("learning_rate", "learning_rates", "weight_decay", "adam_beta1", "adam_beta2")
+OF_THE_OPTIMIZER = ("optim", "learning_rate", "learning_rates", "weight_decay", "adam_beta1", "adam_beta2")
 PLAIN = "one process or DDP"
 
 
