@@ -27,6 +27,7 @@ app.command()(chat.chat)
 app.command()(train.quickstart)
 app.command("import")(weights.import_)
 app.command()(weights.export)
+app.command()(weights.merge)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 

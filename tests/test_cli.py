@@ -28,6 +28,7 @@ COMMANDS = [
     ["quickstart"],
     ["import"],
     ["export"],
+    ["merge"],
     ["data", "convert"],
     ["data", "generate"],
     ["data", "capfilt"],

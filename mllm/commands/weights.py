@@ -1,13 +1,15 @@
-"""`mllm import`, `mllm export`."""
+"""`mllm import`, `mllm export`, `mllm merge`."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mllm.commands.options import ModelDir
+from mllm.commands.options import AsJson, ModelDir
 
 
 def import_(
@@ -51,3 +53,43 @@ def export(
 
     typer.echo(export_stock(checkpoint, out))
     typer.echo(out)
+
+
+def merge(
+    checkpoint: ModelDir,
+    out: Annotated[Path, typer.Argument(help="checkpoint directory to write")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: each weight's own")
+    ] = None,
+    base: Annotated[
+        list[str] | None, typer.Option(help="where the base of a part has moved: language_model=DIR")
+    ] = None,
+    whole: Annotated[bool, typer.Option("--whole", help="write untrained parts too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge the adapters of a checkpoint into its weights: LoRA, rsLoRA, DoRA, IA3, and QLoRA's 4 bit.
+
+    The result is a checkpoint that needs neither adapters nor the bases of the parts that had some. It is
+    compared with the source; where they differ, nothing is written.
+
+    [bold]Examples[/]
+
+      mllm merge runs/instruct_lora runs/merged
+
+      mllm merge runs/qlora/checkpoint-400 runs/merged --dtype bfloat16
+    """
+    from rich.console import Console
+
+    from mllm.errors import ConfigError
+    from mllm.model.convert import merge_checkpoint
+
+    places = [entry.partition("=") for entry in base or []]
+    if odd := [part for part, equals, place in places if not (equals and place)]:
+        raise ConfigError(f"--base {odd[0]!r}: write the part and its folder: language_model=DIR")
+    moved = {part: place for part, _, place in places}
+    with Console(stderr=True).status("merging") as status:
+        found = merge_checkpoint(checkpoint, out, dtype=dtype, base=moved, whole=whole, say=status.update)
+    if as_json:
+        typer.echo(json.dumps({**asdict(found), "output": str(out)}))
+    else:
+        typer.echo(f"{found}\n{out}")

@@ -133,11 +133,15 @@ def merge_adapters(module: nn.Module) -> set[str]:
     return changed
 
 
-def dequantise(language_model: Any) -> PreTrainedModel:
+def dequantise(language_model: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The language model in full precision, with its adapters merged, out of one in 4 bit.
 
     Adding a LoRA to weights of 4 bit would round it away, so the weights are unpacked first. The result
     computes what the model in 4 bit did, with four times its memory.
+
+    Args:
+        language_model: the one in 4 bit; loses its adapters.
+        dtype: of the unpacked weights; default: what they had before they were packed.
     """
     deltas = {}
     for name, layer in adapter_layers(language_model):
@@ -153,6 +157,7 @@ def dequantise(language_model: Any) -> PreTrainedModel:
             if weight is packed:
                 parameter.data = packed.data
                 continue
+            weight = weight if dtype is None else weight.to(dtype)
             weight = weight + deltas[name].to(weight.dtype) if name in deltas else weight
             # Packing has turned GPT-2's [in, out] layers into ordinary [out, in] ones.
             in_out = isinstance(dense.get_submodule(name.rpartition(".")[0]), Conv1D)

@@ -13,7 +13,7 @@ Files in the order of use: origin, manifest, adapter_files, directory, saving; a
 """
 
 from mllm.model.checkpoint.assembly import assemble, assign
-from mllm.model.checkpoint.directory import atomic_directory, finish_save
+from mllm.model.checkpoint.directory import atomic_directory, check_new, finish_save, new_directory
 from mllm.model.checkpoint.loading import load, load_model, model_class, restore
 from mllm.model.checkpoint.manifest import (
     MANIFEST,
@@ -32,6 +32,7 @@ __all__ = [
     "assemble",
     "assign",
     "atomic_directory",
+    "check_new",
     "checksum",
     "finish_save",
     "has_manifest",
@@ -39,6 +40,7 @@ __all__ = [
     "load_model",
     "manifest_hash",
     "model_class",
+    "new_directory",
     "origin_of",
     "part_of",
     "read_manifest",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mllm.errors import ConfigError
 from mllm.model.checkpoint.adapter_files import ADAPTER_DIR
 from mllm.model.checkpoint.manifest import MANIFEST
 
@@ -68,3 +69,18 @@ def finish_save(path: Path) -> None:
                 shutil.rmtree(path / name, ignore_errors=True)
             (ready / name).replace(path / name)
     shutil.rmtree(ready)
+
+
+def check_new(path: str | Path) -> None:
+    """Raise `ConfigError` where something is in the place to write to."""
+    if Path(path).exists():
+        raise ConfigError(f"{path} is there already; remove it, or choose another place")
+
+
+@contextmanager
+def new_directory(path: str | Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when the block ends well, and is gone when it does not."""
+    path = Path(path)
+    check_new(path)
+    with atomic_directory(path) as folder:
+        yield folder

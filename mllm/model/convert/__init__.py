@@ -1,10 +1,11 @@
-"""Published weights in and out: the layouts of other libraries, proven equal before anything is written.
+"""Checkpoints turned into others, proven equal first: published layouts in and out, merged adapters.
 
 family.py              what a family of transformers' models has to say
 llava.py, blip2.py     LLaVA and LLaVA-NeXT, BLIP-2 and InstructBLIP say it
 stock.py               transformers' directories in and out, for every family
 retrieval.py           a Q-Former out of BLIP-2's first stage
 original_llava.py      what LLaVA's own code writes
+merge.py               adapters into the weights that they stand on
 proof.py               both sides' logits and answers on the same prompts
 """
 
@@ -13,10 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mllm.errors import CheckpointError, ConfigError
+from mllm.model.checkpoint import check_new
+from mllm.model.convert.merge import Merge, merge_checkpoint
 from mllm.model.convert.original_llava import import_original, is_original
 from mllm.model.convert.proof import Proof
 from mllm.model.convert.retrieval import RETRIEVAL, import_retrieval
-from mllm.model.convert.stock import FAMILIES, architecture, check_new, export_stock, import_stock
+from mllm.model.convert.stock import FAMILIES, architecture, export_stock, import_stock
 
 
 def import_weights(
@@ -47,4 +50,4 @@ def import_weights(
     return import_stock(source, out, template)
 
 
-__all__ = ["Proof", "export_stock", "import_weights"]
+__all__ = ["Merge", "Proof", "export_stock", "import_weights", "merge_checkpoint"]

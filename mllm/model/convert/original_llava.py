@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mllm.errors import CheckpointError, ConfigError
-from mllm.model.checkpoint import assign, load, part_of, save
+from mllm.model.checkpoint import assign, load, new_directory, part_of, save
 from mllm.model.compose import compose
 from mllm.model.convert.family import demand
 from mllm.model.convert.proof import GREEDY, Observed, Proof, observe, prompts, prove
-from mllm.model.convert.stock import new_directory, rename
+from mllm.model.convert.stock import rename
 
 PROJECTOR_FILES = ("mm_projector.bin", "non_lora_trainables.bin")
 _ADAPTER = "adapter_config.json"

@@ -96,12 +96,8 @@ def observe(model: Any, batches: Sequence[Mapping[str, torch.Tensor]], image_tok
     return seen
 
 
-def prove(before: Sequence[Observed], after: Sequence[Observed], what: str) -> Proof:
-    """Compare two models' results on the same prompts.
-
-    Raises:
-        CheckpointError: they differ by more than `TOLERANCE`, or answer with other tokens.
-    """
+def compare(before: Sequence[Observed], after: Sequence[Observed]) -> tuple[float, int, bool]:
+    """(difference relative to the largest logit, greedy tokens compared, whether they are the same)."""
     differences, answered, same = [], 0, True
     for one, two in zip(before, after, strict=True):
         width = min(one.logits.shape[-1], two.logits.shape[-1])  # an export may have added a row
@@ -111,7 +107,17 @@ def prove(before: Sequence[Observed], after: Sequence[Observed], what: str) -> P
         length = min(len(one.answer), len(two.answer))
         same &= one.answer[:length] == two.answer[:length]
         answered += length
-    proof = Proof(float(torch.stack(differences).max()), answered)
+    return float(torch.stack(differences).max()), answered, same
+
+
+def prove(before: Sequence[Observed], after: Sequence[Observed], what: str) -> Proof:
+    """Compare two models' results on the same prompts.
+
+    Raises:
+        CheckpointError: they differ by more than `TOLERANCE`, or answer with other tokens.
+    """
+    difference, answered, same = compare(before, after)
+    proof = Proof(difference, answered)
     if not (same and proof.difference <= TOLERANCE):  # also catches NaN
         answers = "the same" if same else "other"
         raise CheckpointError(

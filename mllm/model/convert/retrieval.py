@@ -10,11 +10,11 @@ from transformers import Blip2ForImageTextRetrieval, Blip2Processor
 
 from mllm.data.schema import images_of, message_text
 from mllm.errors import ConfigError
-from mllm.model.checkpoint import assemble, load, save
+from mllm.model.checkpoint import assemble, load, new_directory, save
 from mllm.model.convert.blip2 import read_qformer
 from mllm.model.convert.proof import Observed, Proof, prove, questions
 from mllm.model.convert.qformer_names import retrieval_names
-from mllm.model.convert.stock import load_stock, new_directory, once, rename
+from mllm.model.convert.stock import load_stock, once, rename
 from mllm.model.pretraining.pair_processing import PairProcessor
 from mllm.model.pretraining.qformer_pretraining import QFormerForPretraining, QFormerPretrainingConfig
 from mllm.model.vision_encoder import feature_shape

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +23,12 @@ from transformers.initialization import no_init_weights
 
 from mllm.data.schema import images_of
 from mllm.errors import CheckpointError, ConfigError
-from mllm.model.adapters import merge_adapters
-from mllm.model.checkpoint import assemble, assign, atomic_directory, load, save
+from mllm.model.checkpoint import assemble, assign, check_new, load, new_directory, save
 from mllm.model.compose import set_generation_defaults
 from mllm.model.convert.blip2 import Blip2, InstructBlip
 from mllm.model.convert.family import Family, demand
 from mllm.model.convert.llava import Llava, LlavaNext
+from mllm.model.convert.merge import merge_model
 from mllm.model.convert.proof import Proof, compare_inputs, observe, prompts, prove, questions
 from mllm.model.modeling import MllmForConditionalGeneration
 from mllm.model.parts import load_named
@@ -98,7 +97,7 @@ def export_stock(checkpoint: str | Path, out: str | Path) -> Proof:
     model, processor = load(checkpoint)
     if not isinstance(model, MllmForConditionalGeneration):
         raise ConfigError(f"{checkpoint} is a {type(model).__name__}, which has no class in transformers")
-    merge_adapters(model)
+    merge_model(model)
     family = _family_for(model.config)
     config = family.write(model)
     batches = prompts(processor, model.config.text_config)
@@ -270,18 +269,3 @@ def _compare_processors(
         batch = family.batch(theirs, text, images_of(messages)[0])
         notes.update(compare_inputs(ours([messages]), batch, ours.image_token_id, step))
     return [f"{note} ({count} of {len(asked)} prompts)" for note, count in notes.items()]
-
-
-def check_new(path: str | Path) -> None:
-    """Raise `ConfigError` where something is in the place to write to."""
-    if Path(path).exists():
-        raise ConfigError(f"{path} is there already; remove it, or choose another place")
-
-
-@contextmanager
-def new_directory(path: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when the block ends well, and is gone when it does not."""
-    path = Path(path)
-    check_new(path)
-    with atomic_directory(path) as folder:
-        yield folder
