@@ -218,6 +218,9 @@ class DataSection(Section):
     )
     packing: bool = Field(False, description="rows one after the other, ranks balanced, in place of padding")
     pack_length: int | None = Field(None, ge=8, description="tokens that a pack may have; null: any number")
+    feature_cache: bool | str = Field(
+        False, description="keep a frozen vision encoder's features in this folder; true: in output_dir"
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -377,6 +380,21 @@ class RunConfig(Section):
             raise ValueError("data.max_length is for conversations; give model.pretraining.max_text_length")
         if self.on_pairs and (self.data.packing or self.data.grouping != "none"):
             raise ValueError("data.packing and data.grouping are for conversations; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_fixed(self) -> RunConfig:
+        if not self.data.feature_cache:
+            return self
+        if self.on_pairs:
+            raise ValueError("data.feature_cache is for conversations; remove it")
+        if self.tune.vision_encoder != "frozen":
+            raise ValueError(
+                f"data.feature_cache keeps what a frozen vision encoder computes, and tune.vision_encoder is "
+                f"{self.tune.vision_encoder!r}; remove one of the two"
+            )
+        if self.model.tiling:
+            raise ValueError("data.feature_cache does not keep the views of model.tiling; remove it")
         return self
 
     @model_validator(mode="after")

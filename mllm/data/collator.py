@@ -16,6 +16,7 @@ from mllm.data.tokens import IGNORE, pad_rows
 from mllm.errors import DataError
 
 if TYPE_CHECKING:
+    from mllm.data.feature_store import FeatureStore
     from mllm.model.processing import Encoded, MllmProcessor
 
 
@@ -26,18 +27,23 @@ class Collator:
         processor: renders, tokenises and reads images.
         max_length: longest row in tokens, images included; whole trailing rounds are removed from longer
             rows and counted in `dropped_turns`, and a row whose first round is too long is refused.
+
+    Attributes:
+        features: where the vision encoder's features lie; batches then have them in place of pixels.
     """
 
     def __init__(self, processor: MllmProcessor, max_length: int | None = None):
         self.processor = processor
         self.max_length = max_length
+        self.features: FeatureStore | None = None
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A batch of B rows.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` [B, S]; where there is an image,
-            `pixel_values` [I, C, H, W] and what else the model takes of images; and, for reports, `row_ids`
+            `pixel_values` [I, C, H, W] and what else the model takes of images, or, with `features`, always
+            `image_features` [I, N, Dv], I being 0 where there is no image; and, for reports, `row_ids`
             (B names) and `dropped_turns` (an int). For an encoder-decoder language model the first two are
             prompts, `labels` [B, T] are answers, and B counts the answers.
 
@@ -50,6 +56,9 @@ class Collator:
         inputs = [self._images(row, example.images) for row, example in examples if example.images]
         for name in inputs[0] if inputs else ():
             batch[name] = torch.cat([of_row[name] for of_row in inputs])
+        if self.features is not None and not inputs:
+            # Or this rank would call the encoder while others do not, and with ZeRO-3 wait for them.
+            batch["image_features"] = self.features.take([])
         batch |= self.processor.instruction_inputs([text for row in encoded for text in row.instructions])
         batch["row_ids"] = [name_of(row) for row, _ in examples]
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)
@@ -91,6 +100,8 @@ class Collator:
 
     def _images(self, row: Row, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         try:
+            if self.features is not None:
+                return {"image_features": self.features.take(images)}
             return self.processor.image_inputs(images)
         except DataError as error:
             raise DataError(f"{name_of(row)}: {error}") from error

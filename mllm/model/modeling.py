@@ -106,18 +106,22 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
 
     def encode_images(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None,
         image_sizes: torch.Tensor | None = None,
         instruction_ids: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Images to the connector's tokens: [I, C, H, W] -> [I, M, D].
 
         `instruction_ids` and `instruction_mask` [I, L] are for connectors that read the instruction. With
         tiling, [T, C, H, W] are the views of all images, `image_sizes` [I, 2] their (height, width), and
-        the result is [total, D], since images differ in length.
+        the result is [total, D], since images differ in length. `image_features` [I, N, Dv], what the vision
+        encoder made of the images, may be given in place of their pixels.
         """
-        features = self.vision_features(pixel_values)  # [I, N, Dv]
+        features = image_features
+        if features is None:
+            features = self.vision_features(pixel_values)  # type: ignore[arg-type]  # [I, N, Dv]
         features = features.to(next(self.connector.parameters()).dtype)
         soft = self.connector(features, instruction_ids, instruction_mask)  # [I, M, D]
         if self.tiling is None:
@@ -134,8 +138,8 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         Args:
             input_ids: [B, S].
             pixel_values: [I, C, H, W], or None where there is no image.
-            **of_images: `image_sizes`, `instruction_ids`, `instruction_mask` and `pixel_values_high` of
-                `forward`.
+            **of_images: `image_sizes`, `instruction_ids`, `instruction_mask`, `pixel_values_high` and
+                `image_features` of `forward`.
 
         Returns:
             ([B, S, Dt], context).
@@ -147,10 +151,10 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         # The placeholder's id may lie beyond the embedding, so it must not be looked up.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, S, Dt]
         context: Context = None
-        if pixel_values is not None and not len(pixel_values):
-            pixel_values = None
-        no_image = pixel_values is None
-        if pixel_values is None:
+        features = of_images.get("image_features")
+        images = pixel_values if features is None else features
+        no_image = images is None or not len(images)
+        if no_image:
             if is_image.any():
                 raise ValueError(f"{int(is_image.sum())} image placeholders, but no pixel_values")
             # A model that was left in training mode may generate, and its tokens come without images.
@@ -159,6 +163,8 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             # On many ranks every rank must call every part in every micro-step, or collectives wait for
             # ever on the rank whose rows hold text only.
             of_images = self._no_image(embeds.device)
+            if features is not None:
+                of_images["image_features"] = features.new_zeros(1, *features.shape[1:])
             ((views, _),) = self.image_counts(1, of_images.get("image_sizes"))
             pixel_values = torch.zeros(views, *self.config.pixel_shape, device=embeds.device)
         high = of_images.pop("pixel_values_high", None)
@@ -169,7 +175,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         if no_image:
             return embeds + (soft * 0).sum(), context
         if is_image.sum() * soft.shape[-1] != soft.numel():
-            images = pixel_values if of_images.get("image_sizes") is None else of_images["image_sizes"]
+            images = images if of_images.get("image_sizes") is None else of_images["image_sizes"]
             raise ValueError(
                 f"{int(is_image.sum())} image placeholders for {len(images)} images "
                 f"with {soft.numel() // soft.shape[-1]} tokens in all"
@@ -248,6 +254,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         prefix_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         encoder_outputs: Any = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MllmOutput:
         """Logits, and the loss when labels are given.
@@ -276,6 +283,8 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             decoder_input_ids: [B, T], of encoder-decoders; default: the labels shifted, or the start token
                 alone, so that `logits[:, -1]` is about the first token of the answer.
             encoder_outputs: what the language model's encoder made of the prompt, in generation.
+            image_features: [I, N, Dv], what the vision encoder made of the images, in place of
+                `pixel_values`; of no image where the batch has none.
             **kwargs: passed on; `num_items_in_batch` normalises the loss over the global batch.
         """
         if inputs_embeds is None and encoder_outputs is None:
@@ -286,6 +295,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
                 "pixel_values_high": pixel_values_high,
                 "instruction_ids": instruction_ids,
                 "instruction_mask": instruction_mask,
+                "image_features": image_features,
             }
             inputs_embeds, context = self.embed(input_ids, pixel_values, **of_images)
             fusion_context = context if context is not None else fusion_context

@@ -17,6 +17,7 @@ from mllm.data.pairs import PairCollator
 from mllm.training.arguments import check_options, run_record, training_arguments
 from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
+from mllm.training.feature_cache import cached_features
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
@@ -66,6 +67,8 @@ def train(
     arguments = training_arguments(config, len(rows))
     batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
+    if config.data.feature_cache:
+        collator.features = cached_features(config, arguments, model, processor, rows)
     trainer = MllmTrainer(
         model=model,
         args=arguments,
