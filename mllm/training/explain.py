@@ -20,9 +20,13 @@ from mllm.data.rows import open_rows
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
 from mllm.training.build import open_mixture
-from mllm.training.outline import outline
-from mllm.training.plan import way_of
+from mllm.training.outline import example_batch, outline
+from mllm.training.plan import step_flops, way_of
+from mllm.training.shapes import trace_forward
 from mllm.training.tuning import PartReport, part_rates, tuning_table
+
+LITTLE = 0.05  # of the arithmetic: below it, keeping features is not worth its disk
+TEXT = 128  # tokens of an answer and its question, for estimates
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
         precision=_precision(config),
         distribution=way_of(options.deepspeed).name,
         sample=[] if config.on_pairs else _sample(config, processor),
-        notes=list(_notes(data)),
+        notes=[*_notes(data), *_cache_notes(config, model, processor, rows)],
     )
 
 
@@ -163,6 +167,41 @@ def _notes(data: list[DataReport]) -> Iterator[str]:
     for one in data:
         if one.rows is None:
             yield f"{one.path} is not there; rows and steps are not known"
+
+
+def _cache_notes(config: RunConfig, model: Any, processor: Any, rows: int | None) -> Iterator[str]:
+    """What `data.feature_cache` takes of the disk and saves of the arithmetic, and whether that pays."""
+    if not config.data.feature_cache:
+        return
+    share = vision_share(model, processor)
+    half = config.model.dtype != "float32" or (
+        config.train.deepspeed is not None and (config.train.bf16 or config.train.fp16)
+    )
+    one = model.config.num_patches * model.config.vision_dim * (2 if half else 4)
+    many = "" if rows is None else f", about {one * rows / 1e9:,.3g} GB with one picture a row"
+    text = f"data.feature_cache takes {one / 1e6:,.3g} MB a picture{many}, and saves {share:.1%} of a step's "
+    text += "arithmetic from the second epoch or run over the same pictures on"
+    if share < LITTLE:
+        text += ": that is little, reading may take longer; leave it out"
+    elif config.train.num_train_epochs <= 1:
+        text += "; in one epoch each is seen once, so that this run alone gains nothing"
+    yield text
+
+
+def vision_share(model: Any, processor: Any) -> float:
+    """Share of the vision encoder in the arithmetic of a row with one image and `TEXT` tokens beside it.
+
+    Args:
+        model: of `outline`, with shapes only.
+        processor: its processor.
+    """
+    tokens = model.config.num_image_tokens + TEXT
+    trace = trace_forward(model, example_batch(model, processor, 2, tokens), None)
+    both = [
+        sum(flops for part, flops in counts.items() if part.startswith("vision_encoder"))
+        for counts in (trace.forward, trace.backward)
+    ]
+    return sum(both) / 2 / step_flops(trace, 2, tokens).of([tokens], 1, TEXT)
 
 
 def report(found: Explanation) -> Group:
