@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mllm.commands import before, chat, data, evaluate, train, weights
+from mllm.commands import before, chat, data, evaluate, publish, train, weights
 from mllm.errors import MllmError
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ app.command()(train.quickstart)
 app.command("import")(weights.import_)
 app.command()(weights.export)
 app.command()(weights.merge)
+app.command()(publish.card)
+app.command()(publish.push)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 

@@ -1,7 +1,8 @@
 """The configuration of one run: what a recipe may say, checked before anything is loaded.
 
-A recipe is a YAML file with the sections `model`, `tune`, `data` and `train`. Command-line overrides
-(`train.learning_rate=1e-4`) are laid over it. An unknown key is an error that names the nearest one.
+A recipe is a YAML file with the sections `model`, `tune`, `data`, `train` and, for the model card, `card`.
+Command-line overrides (`train.learning_rate=1e-4`) are laid over it. An unknown key is an error that names
+the nearest one.
 """
 
 from __future__ import annotations
@@ -201,6 +202,7 @@ class SourceSection(Section):
     format: str | None = Field(None, description="default: data.format")
     image_root: str | None = Field(None, description="default: data.image_root")
     weight: float = Field(1.0, gt=0, description="factor on its share, see data.mixing")
+    license: str | None = Field(None, description="default: data.license")
 
 
 class DataSection(Section):
@@ -209,6 +211,7 @@ class DataSection(Section):
     path: list[SourceSection] = Field(min_length=1, description="JSON or JSONL file(s)")
     format: str = Field("auto", description="llava, coco_captions, messages or auto")
     image_root: str | None = Field(None, description="folder that relative image paths start from")
+    license: str | None = Field(None, description="of the data, for the model card")
     mixing: Literal["concat", "sqrt", "weights"] = Field(
         "concat", description="every row once; by the root of the sizes (InstructBLIP); by the weights alone"
     )
@@ -246,7 +249,7 @@ class DataSection(Section):
     @property
     def sources(self) -> list[SourceSection]:
         """The data sets, each with its format and image folder."""
-        shared = {"format": self.format, "image_root": self.image_root}
+        shared = {"format": self.format, "image_root": self.image_root, "license": self.license}
         return [SourceSection(**{**shared, **source.model_dump(exclude_none=True)}) for source in self.path]
 
 
@@ -337,6 +340,18 @@ class TrainSection(Section):
         return steps
 
 
+class CardSection(Section):
+    """What the model card says that a run cannot know; `mllm card` writes it."""
+
+    title: str | None = Field(None, description="default: the name of output_dir")
+    description: str | None = Field(None, description="a sentence or two on what the model is for")
+    license: str | None = Field(None, description="of the weights, as the Hub names it: apache-2.0, llama2")
+    languages: list[str] = Field(default_factory=list, description="ISO 639 codes: en, de")
+    base_models: list[str] = Field(default_factory=list, description="Hub names of parts from local folders")
+    datasets: list[str] = Field(default_factory=list, description="Hub names of the data")
+    tags: list[str] = Field(default_factory=list, description="more tags")
+
+
 class RunConfig(Section):
     """One stage of training."""
 
@@ -345,6 +360,7 @@ class RunConfig(Section):
     tune: TuneSection = TuneSection()
     data: DataSection
     train: TrainSection
+    card: CardSection = CardSection()
 
     @property
     def on_pairs(self) -> bool:

@@ -29,6 +29,8 @@ COMMANDS = [
     ["import"],
     ["export"],
     ["merge"],
+    ["card"],
+    ["push"],
     ["data", "convert"],
     ["data", "generate"],
     ["data", "capfilt"],

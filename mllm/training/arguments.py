@@ -20,6 +20,7 @@ from mllm.data.files import sha256_of
 from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
 from mllm.errors import ConfigError
+from mllm.revision import code_state
 from mllm.training.resume import PLAIN
 
 
@@ -144,6 +145,7 @@ def run_record(
         "train": config.train.model_dump(),
         "batch": _batch_record(config, arguments, batches),
         "recipe": config.model_dump(exclude_unset=True),  # what was said, so that it can be run again
+        "code": code_state(),
     }
 
 

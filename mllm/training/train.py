@@ -14,6 +14,7 @@ from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
 from mllm.data.packing import PackingCollator, check_packing
 from mllm.data.pairs import PairCollator
+from mllm.publish.card import write_card_after_training
 from mllm.training.arguments import check_options, run_record, training_arguments
 from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
@@ -99,4 +100,6 @@ def train(
         console.print(f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_card_after_training(Path(options.output_dir))
     return Path(options.output_dir)
