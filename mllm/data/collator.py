@@ -7,6 +7,7 @@ the model only scatters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,12 @@ class Collator:
         self.processor = processor
         self.max_length = max_length
         self.features: FeatureStore | None = None
+
+    def with_features(self, features: FeatureStore) -> Collator:
+        """Another that gives features in place of pixels."""
+        other = copy(self)
+        other.features = features
+        return other
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """A batch of B rows.

@@ -7,7 +7,8 @@ A block appears whole or not at all, under a name that follows from its keys. So
 write into one folder, and a process that is killed loses the block it was filling.
 
 A picture in a file is known by its path, size and time of change: reading half a million files again to hash
-them would take as long as what the cache saves. A picture in memory is known by its pixels.
+them would take as long as what the cache saves; one in a shard also by its place there. A picture in memory
+is known by its pixels.
 """
 
 from __future__ import annotations
@@ -37,14 +38,22 @@ def image_key(image: Any) -> Key:
     """
     if isinstance(image, Image.Image):
         facts = f"{image.mode} {image.size}".encode() + image.tobytes()
-    else:
-        try:
-            state = os.stat(image)
-        except (OSError, ValueError) as error:
-            raise DataError(f"image {str(image)!r} cannot be read ({error}); fix the path") from error
-        facts = f"{os.path.abspath(image)}\0{state.st_size}\0{state.st_mtime_ns}".encode()
+    elif isinstance(image, (str, os.PathLike)):
+        facts = _file_facts(image)
+    elif hasattr(image, "path"):  # within a shard
+        facts = _file_facts(image.path) + f"\0{image.offset}".encode()
+    else:  # encoded, in memory
+        facts = image.read()
     digest = hashlib.blake2b(facts, digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+def _file_facts(path: Any) -> bytes:
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"image {str(path)!r} cannot be read ({error}); fix the path") from error
+    return f"{os.path.abspath(path)}\0{state.st_size}\0{state.st_mtime_ns}".encode()
 
 
 class FeatureStore:

@@ -152,7 +152,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, S, Dt]
         context: Context = None
         features = of_images.get("image_features")
-        images = pixel_values if features is None else features
+        images: Any = pixel_values if features is None else features
         no_image = images is None or not len(images)
         if no_image:
             if is_image.any():

@@ -59,6 +59,10 @@ def cached_features(
         DataError: a picture cannot be read; names the row.
     """
     check_cacheable(model)
+    if not isinstance(rows, Mixture):
+        raise ConfigError(
+            "data.feature_cache goes through all rows before training; set data.streaming=false"
+        )
     choice = config.data.feature_cache
     folder = Path(config.train.output_dir) / "feature_cache" if choice is True else Path(str(choice))
     with encoder_in_training(model, args) as features:

@@ -55,7 +55,7 @@ def train(
     processor: Any
     model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
     of_rows = PackingCollator if config.data.packing else Collator
-    collator = PairCollator(processor) if config.on_pairs else of_rows(processor, config.data.max_length)
+    collator: Any = PairCollator(processor) if config.on_pairs else of_rows(processor, config.data.max_length)
     reports = apply_tuning(model, config.tune)
     if config.data.packing:
         check_packing(model)
@@ -68,14 +68,15 @@ def train(
     arguments = training_arguments(config, len(rows))
     batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
+    feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
-        collator.features = cached_features(config, arguments, model, processor, rows)
+        feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
     trainer = MllmTrainer(
         model=model,
         args=arguments,
         batches=batches,
         train_dataset=rows,
-        data_collator=collator,
+        data_collator=feeder,
         processor=processor,
         rates=rates,
         record=record,

@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +194,9 @@ def test_a_picture_is_known_by_path_size_and_time(tmp_path: Path) -> None:
     os.utime(picture, ns=(0, 5))
     assert image_key(picture) != first
     assert image_key(make_picture(1)) == image_key(make_picture(1)) != image_key(make_picture(2))
+    spans = [SimpleNamespace(path=str(picture), offset=offset, size=9) for offset in (0, 9)]
+    assert len({image_key(spans[0]), image_key(spans[1]), image_key(picture)}) == 3
+    assert image_key(BytesIO(b"a")) == image_key(BytesIO(b"a")) != image_key(BytesIO(b"b"))
     store = FeatureStore(tmp_path / "store", (2, 3), torch.bfloat16)
     features = torch.randn(4, 2, 3)
     store.add([image_key(make_picture(n)) for n in range(4)], features)

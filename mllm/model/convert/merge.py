@@ -179,6 +179,7 @@ def _dtypes(model: PartedModel) -> dict[str, torch.dtype]:
 def _compute_in_float32(model: PartedModel) -> None:
     """Weights, also those in 4 bit: what they are unpacked into and multiplied in are dtypes of their own."""
     model.float()
+    layer: Any
     for layer in model.modules():
         if hasattr(getattr(layer, "weight", None), "quant_state"):
             layer.weight.quant_state.dtype = layer.compute_dtype = torch.float32
