@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_language_model, mixed_conversations, save_parts
+from conftest import (
+    make_image_processor,
+    make_language_model,
+    make_model,
+    make_vision,
+    mixed_conversations,
+    save_parts,
+    scale_weights,
+)
+from pairs import bert_tokenizer
 from runs import logits_of, make_world, run_config, tune
 
 import mllm
@@ -23,6 +32,7 @@ from mllm.model.checkpoint import MANIFEST, manifest_hash, read_manifest, save
 from mllm.model.compose import compose
 from mllm.model.convert import export_stock, merge_checkpoint
 from mllm.model.convert import merge as merging
+from mllm.model.pretraining.compose import compose_qformer_pretraining
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
 
@@ -184,3 +194,39 @@ def test_the_command_on_an_intermediate_checkpoint_and_the_export_of_what_it_wri
     assert (manifest["step"], manifest["base"]) == (1, {})
     assert "optimizer.pt" not in {path.name for path in (tmp_path / "merged").iterdir()}
     assert export_stock(tmp_path / "merged", tmp_path / "stock").difference <= 1e-5
+
+
+@pytest.mark.parametrize("text", ["gpt2", "opt", "t5"])
+def test_every_family_of_language_models(text: str, tmp_path: Path) -> None:
+    model, processor = make_model(text=text)
+    if text == "t5":  # its attention has no scale, so that large weights make large errors of small ones
+        scale_weights(model.language_model, 0.25)
+    apply_tuning(model, TuneSection(language_model="dora", connector="frozen", lora=SETTINGS["lora"]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    found = merge_checkpoint(save(model, processor, tmp_path / "tuned"), tmp_path / "merged")
+    assert (found.merged, found.rounding <= 1e-5) == ({"language_model": "dora"}, True)
+
+
+def test_a_model_of_a_stage_on_pairs_by_its_probe(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    qformer = {
+        "num_queries": 5,
+        "width": 32,
+        "layers": 2,
+        "heads": 4,
+        "intermediate": 64,
+        "max_positions": 60,
+    }
+    model, processor = compose_qformer_pretraining(
+        make_vision(), bert_tokenizer(), qformer, image_processor=make_image_processor(), embed_dim=16
+    )
+    apply_tuning(model, TuneSection(vision_encoder="lora", lora=SETTINGS["lora"]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_adapter(name):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    found = merge_checkpoint(save(model, processor, tmp_path / "tuned"), tmp_path / "merged")
+    assert (found.merged, found.rounding <= 1e-5) == ({"vision_encoder": "lora"}, True)
