@@ -1,4 +1,4 @@
-"""How many bytes of tensors a process holds, at most, while a block runs; on a CPU, where nothing counts them."""
+"""How many bytes of tensors a process holds at most while a block runs, where no device counts them."""
 
 from __future__ import annotations
 

@@ -168,6 +168,14 @@ def test_a_checkpoint_without_a_run_says_so(tmp_path: Path) -> None:
         write_card(tmp_path)
 
 
+def test_a_stream_has_no_number_of_rows(tmp_path: Path) -> None:
+    data = {"rows": None, "mixing": "concat", "grouping": "none", "seed": 1}
+    record = {"data": {**data, "files": [{"path": "hf:me/rows", "sha256": "5" * 64, "streaming": True}]}}
+    text = write_card(save(*make_model(), tmp_path / "model", record=record)).read_text()
+    assert "uncounted rows, mixing `concat`" in text
+    assert f"| `hf:me/rows` | uncounted | uncounted | - | not given | `{'5' * 64}` |" in text
+
+
 def test_the_command(runs: Path, monkeypatch: Any, capsys: Any) -> None:
     code, out, _ = mllm("card", runs / "align", "--json", monkeypatch=monkeypatch, capsys=capsys)
     assert (code, json.loads(out)) == (0, {"card": str(runs / "align" / "README.md")})

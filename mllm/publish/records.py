@@ -164,7 +164,7 @@ def _base(entry: dict[str, Any] | None) -> str | None:
 def _data(data: dict[str, Any], said: dict[str, Any]) -> list[dict[str, Any]]:
     """The data files with the licences that the recipe gives them."""
     listed = said.get("path", [])
-    listed = listed if isinstance(listed, list) else [listed]
+    listed = [*(listed if isinstance(listed, list) else [listed]), said.get("replay")]
     licences = {one["path"]: one.get("license") for one in listed if isinstance(one, dict)}
     return [
         {**file, "license": licences.get(file["path"]) or said.get("license")}
