@@ -25,7 +25,9 @@ class LeanLora(Linear):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)  # [..., out]
         first, second = self.lora_A[name], self.lora_B[name].weight  # [r, in], [out, r]
-        if not torch.is_autocast_enabled(x.device.type) and len({x.dtype, result.dtype, second.dtype}) > 1:
+        # Shapes without values (`mllm plan`) have no autocast of torch's, and their products are cast.
+        cast = x.is_meta or torch.is_autocast_enabled(x.device.type)
+        if not cast and len({x.dtype, result.dtype, second.dtype}) > 1:
             return super().forward(x)
         narrow = first(self.lora_dropout[name](x)) * self.scaling[name]  # [..., r]
         added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.T)  # [tokens, out]
