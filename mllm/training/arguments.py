@@ -67,8 +67,11 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
     """
     options = config.train
     optim = options.optim
+    chosen: dict[str, Any] = {} if optim is None else {"optim": optim}
     if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
-        optim = "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
+        chosen["optim"] = (
+            "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
+        )
     # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
     ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -86,7 +89,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        **({} if optim is None else {"optim": optim}),
+        **chosen,
         bf16=options.bf16,
         fp16=options.fp16,
         gradient_checkpointing=options.gradient_checkpointing is True,
