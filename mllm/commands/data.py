@@ -1,4 +1,4 @@
-"""`mllm data convert | generate | capfilt | inspect`."""
+"""`mllm data convert | shard | generate | capfilt | inspect`."""
 
 from __future__ import annotations
 
@@ -67,6 +67,35 @@ def convert(
         boxes=None if box_style is None else BoxTasks(box_style, asked, seed or 0),
         on_error=on_error,
         max_bad=0.01 if max_bad is None else max_bad,
+    )
+    print_summary(result, as_json, output)
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(help="rows in any format that training reads")],
+    output: Annotated[Path, typer.Argument(help="folder of .tar shards to write; goes on where it stopped")],
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="rows of each shard")] = 10_000,
+    format: Annotated[str, typer.Option(help="as for convert")] = "auto",
+    image_root: ImageRoot = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes that write")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Pack rows and their images into a few large .tar files, which training reads as they are.
+
+    [bold]Example[/]
+
+      mllm data shard mix.jsonl mix-shards --image-root photos --workers 8
+    """
+    from mllm.data.shard_writer import write_shards
+
+    result = write_shards(
+        source,
+        output,
+        rows_per_shard=rows_per_shard,
+        format=format,
+        image_root=image_root,
+        workers=workers,
     )
     print_summary(result, as_json, output)
 

@@ -17,11 +17,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import mllm
 from mllm.data.collator import Collator
-from mllm.data.files import sha256_of, track
+from mllm.data.files import atomic_path, sha256_of, track
 from mllm.data.images import image_size
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
@@ -56,13 +56,27 @@ class Lengths:
 
 def mixture_lengths(mixture: Mixture, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
     """Sizes of a mixture's rows; a row that is drawn twice is measured once."""
-    per_set = [file_lengths(rows, collator, workers, show) for rows in mixture.datasets]  # type: ignore[arg-type]
+    per_set = [
+        file_lengths(rows, collator, workers, show, chosen)  # type: ignore[arg-type]
+        for rows, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
+    ]
     joined = Lengths(*(np.concatenate([getattr(one, f.name) for one in per_set]) for f in fields(Lengths)))
     starts = np.cumsum([0, *map(len, per_set[:-1])])
-    return joined.take(starts[mixture.source] + mixture.row)
+    place = mixture.row.copy()
+    for k, chosen in enumerate(mixture.chosen):
+        if chosen is not None:
+            mine = mixture.source == k
+            place[mine] = np.searchsorted(chosen, place[mine])
+    return joined.take(starts[mixture.source] + place)
 
 
-def file_lengths(rows: Rows, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+def file_lengths(
+    rows: Rows,
+    collator: Collator,
+    workers: int = 0,
+    show: bool = False,
+    chosen: np.ndarray | None = None,
+) -> Lengths:
     """Sizes of the rows of one file, read from beside it where they are known.
 
     Args:
@@ -70,18 +84,18 @@ def file_lengths(rows: Rows, collator: Collator, workers: int = 0, show: bool = 
         collator: makes the batches; rows that it shortens to its `max_length` count as shortened.
         workers: processes that tokenise.
         show: a progress bar.
+        chosen: the numbers of the rows that are wanted; None means all.
 
     Raises:
         DataError: a row that could not be trained on; names it.
     """
-    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator)}.npy")
+    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
     if cache.is_file():
         return Lengths(*np.load(cache))
-    lengths = measure(rows, collator, workers, show)
+    lengths = measure(rows if chosen is None else Subset(rows, chosen), collator, workers, show)  # type: ignore[arg-type]
     if os.access(cache.parent, os.W_OK):  # else the data are on a read-only disk: measured every time
-        partial = cache.with_name(f".{cache.name}.{os.getpid()}.npy")
-        np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
-        os.replace(partial, cache)
+        with atomic_path(cache) as partial:
+            np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
     return lengths
 
 
@@ -96,10 +110,12 @@ def measure(rows: Sequence[Row], collator: Collator, workers: int = 0, show: boo
     return Lengths(*np.concatenate(sizes).T)
 
 
-def fingerprint(rows: Rows, collator: Collator) -> str:
-    """What the lengths depend on: the file, where its images are, the processor, the limit, this package."""
+def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:
+    """What lengths depend on: the rows, where their images are, the processor, the limit, this package."""
     root = str(rows.image_root and rows.image_root.absolute())
-    parts = [mllm.__version__, sha256_of(rows.path), root, str(collator.max_length)]
+    parts = [mllm.__version__, rows.identity(), root, str(collator.max_length)]
+    if chosen is not None:
+        parts.append(hashlib.sha256(chosen.tobytes()).hexdigest())
     with TemporaryDirectory() as folder:
         collator.processor.save_pretrained(folder)
         parts += [sha256_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()]

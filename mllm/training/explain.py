@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm.config import RunConfig
-from mllm.data.rows import open_rows
+from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
 from mllm.training.build import open_mixture
@@ -113,7 +112,7 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
 
 
 def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
-    if not Path(path).is_file():
+    if not there_is(path):
         return DataReport(path, None, None)
     return DataReport(path, len(open_rows(path, format or "auto", image_root)), None)
 
@@ -153,7 +152,7 @@ def _precision(config: RunConfig) -> str:
 def _sample(config: RunConfig, processor: Any) -> list[tuple[str, bool]]:
     source = config.data.sources[0]
     messages: list[Message] = [user("What is shown here?", "picture.jpg"), assistant("A dog on a beach.")]
-    if Path(source.path).is_file():
+    if there_is(source.path):
         messages = open_rows(source.path, source.format or "auto", source.image_root)[0]["messages"]
     pieces: list[Piece] = processor.pieces(messages)
     return [(piece.text, piece.supervised) for piece in pieces]
