@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -190,6 +191,7 @@ def inspect(
     from mllm.data.inspect import legend, row_panel, spans_as_json
     from mllm.data.rows import open_rows
     from mllm.training.build import build_processor
+    from mllm.training.streams import open_stream
 
     config = load_recipe(recipe, overrides or [])
     section = config.data
@@ -200,10 +202,13 @@ def inspect(
     if not as_json:
         console.print(legend())
     for source in section.sources:
-        data = open_rows(source.path, source.format or "auto", source.image_root)
-        if start >= len(data):
-            raise ConfigError(f"--start is {start}, but {source.path} has {len(data)} rows")
-        for row in data[start : start + rows]:
+        if section.streaming:
+            shown = list(islice(open_stream(section, config.train.seed).once(), start, start + rows))
+        else:
+            shown = open_rows(source.path, source.format or "auto", source.image_root)[start : start + rows]
+        if not shown:
+            raise ConfigError(f"--start is {start}, but {source.path} has not so many rows")
+        for row in shown:
             if as_json:
                 typer.echo(json.dumps(spans_as_json(processor, row, section.max_length)))
             else:

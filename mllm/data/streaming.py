@@ -95,6 +95,13 @@ class RowStream:
         found = {"sha256": identity(self.place, self.data), "hashed": "fingerprint"}
         return [{"path": self.names[0], **found, "streaming": True, "shuffle_buffer": self.buffer}]
 
+    def once(self) -> Iterator[Row]:
+        """All rows, each once, as one lane has them first."""
+        for row, position in self.lane(0, 1, Position()):
+            if position.epoch:
+                return
+            yield row
+
     def lane(self, number: int, lanes: int, start: Position) -> Iterator[tuple[Row, Position]]:
         """Rows of one lane without end, each with the position behind it."""
         at = start

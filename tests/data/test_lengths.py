@@ -12,7 +12,7 @@ from runs import write_rows
 from mllm.data import lengths as lengths_module
 from mllm.data.collator import Collator
 from mllm.data.lengths import Lengths, file_lengths, measure, mixture_lengths
-from mllm.data.mixture import Mixture
+from mllm.data.mixture import Cap, Mixture
 from mllm.data.rows import Rows, open_rows
 from mllm.data.tokens import IGNORE
 from mllm.errors import DataError
@@ -93,6 +93,23 @@ def test_a_mixture_has_the_lengths_of_the_rows_drawn(
     collator = Collator(processor)
     found = mixture_lengths(mixture, collator)
     assert found.tokens.tolist() == [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+
+
+def test_only_what_a_cap_leaves_is_measured(
+    rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = Mixture([rows, rows], ["a", "b"], "concat", None, 0, [Cap(4), None], [2, 1])  # type: ignore[list-item]
+    collator = Collator(processor)
+    wanted = [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+    measured: list[int] = []
+    measure = lengths_module.measure
+    monkeypatch.setattr(
+        lengths_module, "measure", lambda rows, *rest: (measured.append(len(rows)), measure(rows, *rest))[1]
+    )
+    assert mixture_lengths(mixture, collator).tokens.tolist() == wanted
+    assert measured == [4, 12]
+    assert mixture_lengths(mixture, collator).tokens.tolist() == wanted
+    assert measured == [4, 12], "known lengths were measured again"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
