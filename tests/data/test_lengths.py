@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_model, make_picture
 from PIL import Image
+from ranks import on_ranks
 from runs import write_rows
 
 from mllm.data import lengths as lengths_module
 from mllm.data.collator import Collator
-from mllm.data.lengths import Lengths, file_lengths, measure, mixture_lengths
+from mllm.data.lengths import Lengths, Ranks, file_lengths, measure, mixture_lengths
 from mllm.data.mixture import Cap, Mixture
 from mllm.data.rows import Rows, open_rows
 from mllm.data.tokens import IGNORE
@@ -93,6 +95,39 @@ def test_a_mixture_has_the_lengths_of_the_rows_drawn(
     collator = Collator(processor)
     found = mixture_lengths(mixture, collator)
     assert found.tokens.tolist() == [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+
+
+def measure_on(rank: int, world: int, rows: Rows, limit: int) -> Any:
+    """What a rank says, in a process of its own."""
+
+    def gather(own: list[Any]) -> list[Any]:
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(found, own[0])
+        return found
+
+    lengths_module.CHUNK = 2
+    measured: list[int] = []
+    sizes = lengths_module._Chunks._sizes
+    lengths_module._Chunks._sizes = lambda self, row: (measured.append(1), sizes(self, row))[1]  # type: ignore
+    try:
+        found = file_lengths(rows, Collator(make_model()[1], limit), ranks=Ranks(rank, world, gather))
+    except DataError as error:
+        return str(error)
+    return found, len(measured)
+
+
+def test_ranks_measure_a_part_each(rows: Rows, processor: MllmProcessor, tmp_path: Path) -> None:
+    wanted = measure(rows, Collator(processor, 500))
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+        found = on_ranks(measure_on, 2, tmp_path / name, rows, 500)
+        for lengths, measured in found:
+            assert_equal(lengths, wanted)
+            assert measured == (6 if name == "first" else 0)
+    (tmp_path / "bad").mkdir()
+    one, other = on_ranks(measure_on, 2, tmp_path / "bad", rows, 10)
+    assert one == other  # no rank waits for one that has stopped
+    assert "needs" in one
 
 
 def test_only_what_a_cap_leaves_is_measured(
