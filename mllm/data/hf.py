@@ -190,7 +190,7 @@ def row_of(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
     listed = value if isinstance(value, list) else [value]
     images = {f"{field} {i}": _image(one, f"{where} image {i}") for i, one in enumerate(listed)}
     if "texts" in row:
-        row = {**row, "messages": _turns(row.pop("texts"), images, where)}
+        row["messages"] = _turns(row.pop("texts"), images, where)
     if "messages" in row and images:
         return place_images(row, images, where)
     return {**row, "image": list(images.values())} if images else row
