@@ -98,7 +98,7 @@ def test_a_mixture_has_the_lengths_of_the_rows_drawn(
 
 
 def measure_on(rank: int, world: int, rows: Rows) -> Any:
-    """On a rank, in a process of its own: lengths and rows measured by then, twice; then a bad row's error."""
+    """On a rank, in a process of its own: lengths and rows measured by then, twice; a bad row's error."""
 
     def gather(own: list[Any]) -> list[Any]:
         found: list[Any] = [None] * world
