@@ -1,8 +1,9 @@
-"""`mllm data convert | generate | capfilt | inspect`."""
+"""`mllm data convert | shard | generate | capfilt | inspect`."""
 
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,35 @@ def convert(
         boxes=None if box_style is None else BoxTasks(box_style, asked, seed or 0),
         on_error=on_error,
         max_bad=0.01 if max_bad is None else max_bad,
+    )
+    print_summary(result, as_json, output)
+
+
+@app.command()
+def shard(
+    source: Annotated[Path, typer.Argument(help="rows in any format that training reads")],
+    output: Annotated[Path, typer.Argument(help="folder of .tar shards to write; goes on where it stopped")],
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="rows of each shard")] = 10_000,
+    format: Annotated[str, typer.Option(help="as for convert")] = "auto",
+    image_root: ImageRoot = None,
+    workers: Annotated[int, typer.Option(min=0, help="processes that write")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Pack rows and their images into a few large .tar files, which training reads as they are.
+
+    [bold]Example[/]
+
+      mllm data shard mix.jsonl mix-shards --image-root photos --workers 8
+    """
+    from mllm.data.shard_writer import write_shards
+
+    result = write_shards(
+        source,
+        output,
+        rows_per_shard=rows_per_shard,
+        format=format,
+        image_root=image_root,
+        workers=workers,
     )
     print_summary(result, as_json, output)
 
@@ -161,6 +191,7 @@ def inspect(
     from mllm.data.inspect import legend, row_panel, spans_as_json
     from mllm.data.rows import open_rows
     from mllm.training.build import build_processor
+    from mllm.training.streams import open_stream
 
     config = load_recipe(recipe, overrides or [])
     section = config.data
@@ -171,10 +202,13 @@ def inspect(
     if not as_json:
         console.print(legend())
     for source in section.sources:
-        data = open_rows(source.path, source.format or "auto", source.image_root)
-        if start >= len(data):
-            raise ConfigError(f"--start is {start}, but {source.path} has {len(data)} rows")
-        for row in data[start : start + rows]:
+        if section.streaming:
+            shown = list(islice(open_stream(section, config.train.seed).once(), start, start + rows))
+        else:
+            shown = open_rows(source.path, source.format or "auto", source.image_root)[start : start + rows]
+        if not shown:
+            raise ConfigError(f"--start is {start}, but {source.path} has not so many rows")
+        for row in shown:
             if as_json:
                 typer.echo(json.dumps(spans_as_json(processor, row, section.max_length)))
             else:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from mllm.data.files import atomic_writer, track
 from mllm.data.grounding import BoxTasks
@@ -82,7 +83,7 @@ def convert(
                 reason = _reason(str(error), rows.where(i))
                 done.reasons[reason] = done.reasons.get(reason, 0) + 1
                 continue
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False, default=_no_path) + "\n")
             done.rows += 1
             done.images += sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
         if done.rows == 0 or done.bad > max_bad * len(rows):
@@ -91,6 +92,10 @@ def convert(
                 f"max_bad={max_bad} allows; the first: {done.first_bad}"
             )
     return done
+
+
+def _no_path(image: Any) -> Any:
+    raise DataError(f"{image} is inside the data set and has no path; train on the data set as it is")
 
 
 def _reason(message: str, where: str) -> str:

@@ -15,24 +15,30 @@ T = TypeVar("T")
 
 
 @contextmanager
-def atomic_writer(path: Path) -> Iterator[TextIO]:
-    """A text file that gets its name only when the block ends without an error.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A place to write to, which gets the name `path` only when the block ends without an error.
 
-    It is written beside its place and renamed, so that a reader sees the old file or the new one,
-    never a half. After an error nothing is left.
+    It is beside that name, so that a reader sees the old file or the new one, never a half. After an
+    error nothing is left.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[TextIO]:
+    """A text file that gets its name only when the block ends without an error; see `atomic_path`."""
+    with atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def write_atomic(path: Path, text: str) -> None:

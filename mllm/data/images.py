@@ -17,6 +17,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mllm.data.stored import STORED, Stored
 from mllm.errors import DataError
 
 # MPO, the multi-picture JPEG of some phones, is opened by the JPEG plugin.
@@ -58,13 +60,14 @@ _DECODE_ERRORS = (
 )
 
 _T = TypeVar("_T")
+Picture = str | PathLike[str] | Stored | Image.Image
 
 
-def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Image.Image:
+def load_image(image: Picture, where: str = "") -> Image.Image:
     """Open one image as upright 8-bit RGB.
 
     Args:
-        image: a path, or a PIL image (which is left unchanged).
+        image: a path, a stored image, or a PIL image (which is left unchanged).
         where: the row that names the image (`file:line`), put in front of every message.
 
     Raises:
@@ -74,7 +77,7 @@ def load_image(image: str | PathLike[str] | Image.Image, where: str = "") -> Ima
     return _read(image, where, _decode)
 
 
-def image_size(image: str | PathLike[str] | Image.Image, where: str = "") -> tuple[int, int]:
+def image_size(image: Picture, where: str = "") -> tuple[int, int]:
     """(height, width) of what `load_image` gives; arguments and errors as there.
 
     A JPEG's is read from its header. Pillow turns a TIFF upright itself, and looks for a PNG's
@@ -83,20 +86,17 @@ def image_size(image: str | PathLike[str] | Image.Image, where: str = "") -> tup
     return _read(image, where, _upright_size)
 
 
-def _read(image: str | PathLike[str] | Image.Image, where: str, get: Callable[[Image.Image, str], _T]) -> _T:
+def _read(image: Picture, where: str, get: Callable[[Image.Image, str], _T]) -> _T:
     """`get` of the checked, opened image and the name that errors call it by."""
     where = f"{where}: " if where else ""
     if isinstance(image, Image.Image):
         return get(image, f"{where}the image in memory")
-    if not isinstance(image, (str, PathLike)):
+    if not isinstance(image, (str, PathLike, *STORED)):
         raise DataError(f"{where}an image must be a path or a PIL image, found {type(image).__name__}")
     name = f"{where}image {str(image)!r}"
-    if str(image).startswith(("http://", "https://", "data:")):
-        raise DataError(f"{name[: len(where) + 80]} is not a file; download it and give the path of the file")
-    path = Path(image)
-    _check_file(path, name)
+    place = _stored_bytes(image, name) if isinstance(image, STORED) else _file(image, name, where)
     try:
-        opened = Image.open(path, formats=FORMATS)
+        opened = Image.open(place, formats=FORMATS)
     except UnidentifiedImageError:
         raise DataError(
             f"{name} is not a readable {', '.join(FORMATS)} file (another format, or a damaged header)"
@@ -110,6 +110,24 @@ def _read(image: str | PathLike[str] | Image.Image, where: str, get: Callable[[I
         raise _damaged(name, error) from None
     with opened:
         return get(opened, name)
+
+
+def _stored_bytes(image: Stored, name: str) -> BytesIO:
+    try:
+        data = image.read()
+    except OSError as error:
+        raise DataError(f"{name} cannot be read ({_one_line(error)}); fix the path") from None
+    if not data:
+        raise DataError(f"{name} is empty (0 bytes); download it again or remove the row")
+    return BytesIO(data)
+
+
+def _file(image: str | PathLike[str], name: str, where: str) -> Path:
+    if str(image).startswith(("http://", "https://", "data:")):
+        raise DataError(f"{name[: len(where) + 80]} is not a file; download it and give the path of the file")
+    path = Path(image)
+    _check_file(path, name)
+    return path
 
 
 def _check_file(path: Path, name: str) -> None:

@@ -1,8 +1,9 @@
 """How long every row is, images included, before training starts and without decoding a picture.
 
 Sampling by length and packing need the lengths of all rows. They come from the same code that makes the
-batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so the
-result is kept beside the data, under a name that changes with the data, the processor and this package.
+batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so all
+workers of all ranks measure a part each, and the result is kept beside the data, under a name that changes
+with the data, the processor and this package.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import mllm
 from mllm.data.collator import Collator
-from mllm.data.files import sha256_of, track
+from mllm.data.files import atomic_path, sha256_of, track
 from mllm.data.images import image_size
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
@@ -54,15 +55,49 @@ class Lengths:
         return Lengths(self.tokens[rows], self.labels[rows], self.views[rows])
 
 
-def mixture_lengths(mixture: Mixture, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+@dataclass(frozen=True)
+class Ranks:
+    """Who measures together.
+
+    Attributes:
+        rank, size: which this is, and how many there are.
+        gather: a list of one object of each rank -> the list of all, on every rank.
+    """
+
+    rank: int
+    size: int
+    gather: Callable[[list[Any]], list[Any]]
+
+
+ALONE = Ranks(0, 1, list)
+
+
+def mixture_lengths(
+    mixture: Mixture, collator: Collator, workers: int = 0, show: bool = False, ranks: Ranks = ALONE
+) -> Lengths:
     """Sizes of a mixture's rows; a row that is drawn twice is measured once."""
-    per_set = [file_lengths(rows, collator, workers, show) for rows in mixture.datasets]  # type: ignore[arg-type]
+    per_set = [
+        file_lengths(rows, collator, workers, show, chosen, ranks)  # type: ignore[arg-type]
+        for rows, chosen in zip(mixture.datasets, mixture.chosen, strict=True)
+    ]
     joined = Lengths(*(np.concatenate([getattr(one, f.name) for one in per_set]) for f in fields(Lengths)))
     starts = np.cumsum([0, *map(len, per_set[:-1])])
-    return joined.take(starts[mixture.source] + mixture.row)
+    place = mixture.row.copy()
+    for k, chosen in enumerate(mixture.chosen):
+        if chosen is not None:
+            mine = mixture.source == k
+            place[mine] = np.searchsorted(chosen, place[mine])
+    return joined.take(starts[mixture.source] + place)
 
 
-def file_lengths(rows: Rows, collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+def file_lengths(
+    rows: Rows,
+    collator: Collator,
+    workers: int = 0,
+    show: bool = False,
+    chosen: np.ndarray | None = None,
+    ranks: Ranks = ALONE,
+) -> Lengths:
     """Sizes of the rows of one file, read from beside it where they are known.
 
     Args:
@@ -70,36 +105,55 @@ def file_lengths(rows: Rows, collator: Collator, workers: int = 0, show: bool = 
         collator: makes the batches; rows that it shortens to its `max_length` count as shortened.
         workers: processes that tokenise.
         show: a progress bar.
+        chosen: the numbers of the rows that are wanted; None means all.
+        ranks: who measures a part each; all of them call this.
 
     Raises:
         DataError: a row that could not be trained on; names it.
     """
-    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator)}.npy")
-    if cache.is_file():
+    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
+    if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
         return Lengths(*np.load(cache))
-    lengths = measure(rows, collator, workers, show)
-    if os.access(cache.parent, os.W_OK):  # else the data are on a read-only disk: measured every time
-        partial = cache.with_name(f".{cache.name}.{os.getpid()}.npy")
-        np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
-        os.replace(partial, cache)
+    wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
+    lengths = measure(wanted, collator, workers, show, ranks)
+    if ranks.rank == 0 and os.access(cache.parent, os.W_OK):  # a read-only disk: measured every time
+        with atomic_path(cache) as partial:
+            np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
     return lengths
 
 
-def measure(rows: Sequence[Row], collator: Collator, workers: int = 0, show: bool = False) -> Lengths:
+def measure(
+    rows: Sequence[Row],
+    collator: Collator,
+    workers: int = 0,
+    show: bool = False,
+    ranks: Ranks = ALONE,
+) -> Lengths:
     """Sizes of rows, in their order; see `file_lengths`."""
-    chunks: Any = DataLoader(_Chunks(rows, collator), batch_size=None, num_workers=workers)
-    sizes = []
-    for chunk in track(chunks, "lengths", len(chunks), show):
+    chunks = _Chunks(rows, collator)
+    mine = range(ranks.rank, len(chunks), ranks.size)
+    found: Any = DataLoader(Subset(chunks, mine), batch_size=None, num_workers=workers)
+    sizes: list[np.ndarray] = []
+    fault = None
+    for chunk in track(found, "lengths", len(mine), show):
         if isinstance(chunk, DataError):
-            raise chunk
+            fault = str(chunk)
+            break  # and tell the others, who would wait
         sizes.append(chunk.numpy())
-    return Lengths(*np.concatenate(sizes).T)
+    parts = ranks.gather([(fault, sizes)])
+    for fault, _ in parts:
+        if fault:
+            raise DataError(fault)
+    in_order = [parts[i % ranks.size][1][i // ranks.size] for i in range(len(chunks))]
+    return Lengths(*np.concatenate(in_order).T)
 
 
-def fingerprint(rows: Rows, collator: Collator) -> str:
-    """What the lengths depend on: the file, where its images are, the processor, the limit, this package."""
+def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:
+    """What lengths depend on: the rows, where their images are, the processor, the limit, this package."""
     root = str(rows.image_root and rows.image_root.absolute())
-    parts = [mllm.__version__, sha256_of(rows.path), root, str(collator.max_length)]
+    parts = [mllm.__version__, rows.identity(), root, str(collator.max_length)]
+    if chosen is not None:
+        parts.append(hashlib.sha256(chosen.tobytes()).hexdigest())
     with TemporaryDirectory() as folder:
         collator.processor.save_pretrained(folder)
         parts += [sha256_of(path) for path in sorted(Path(folder).rglob("*")) if path.is_file()]

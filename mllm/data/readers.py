@@ -14,6 +14,7 @@ from typing import Any
 
 from mllm.data.grounding import read_boxes
 from mllm.data.schema import Message, Part, Role, Row, assistant, check_row, image_part, text_part
+from mllm.data.stored import STORED
 from mllm.errors import DataError
 
 IMAGE_MARKER = "<image>"
@@ -113,13 +114,13 @@ def _row_id(raw: Mapping[str, Any], where: str) -> str:
     return str(row_id)
 
 
-def _paths(raw: Mapping[str, Any], field: str, where: str) -> list[str]:
-    """The image paths of a row, whether the field holds one, a list or nothing."""
+def _paths(raw: Mapping[str, Any], field: str, where: str) -> list[Any]:
+    """The images of a row (paths, or stored ones), whether the field holds one, a list or nothing."""
     value = raw.get(field)
     if value is None:
         return []
-    paths = [value] if isinstance(value, str) else value
-    if not isinstance(paths, list) or not all(isinstance(p, str) and p for p in paths):
+    paths = [value] if isinstance(value, (str, *STORED)) else value
+    if not isinstance(paths, list) or not all(isinstance(p, (str, *STORED)) and p for p in paths):
         raise DataError(
             f"{where}: field {field!r} must be a path or a list of paths, found {_show(value)}; "
             "leave it out of a text-only row"
@@ -127,7 +128,7 @@ def _paths(raw: Mapping[str, Any], field: str, where: str) -> list[str]:
     return paths
 
 
-def _read_conversations(raw: Mapping[str, Any], paths: Sequence[str], where: str) -> Row:
+def _read_conversations(raw: Mapping[str, Any], paths: Sequence[Any], where: str) -> Row:
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: field 'conversations' must be a non-empty list of turns")
@@ -186,7 +187,7 @@ def _check_markers(spoken: Sequence[tuple[Role, str]], images: int, where: str) 
     )
 
 
-def _parts(text: str, paths: Iterator[str]) -> Iterator[Part]:
+def _parts(text: str, paths: Iterator[Any]) -> Iterator[Part]:
     """Text pieces and images in the order in which they are written; never an empty list."""
     pieces = text.split(IMAGE_MARKER)
     for i, piece in enumerate(pieces):

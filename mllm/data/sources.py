@@ -11,11 +11,12 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm.data.files import sha256_of
 from mllm.data.grounding import BoxTasks, box_records
 from mllm.errors import DataError
 
@@ -33,8 +34,40 @@ _STRUCTURE = _DEPTH != 0
 _STRUCTURE[ord(",")] = True
 
 
+class Source(Protocol):
+    """Raw rows by number: of a file, of shards, of a Hugging Face data set.
+
+    Attributes:
+        path: a place beside which what is worked out of the data may be kept.
+        format: a key of `READERS` if only one can be meant.
+        left_out: how much is in no row, and why.
+        hashed: what `identity` is a hash of.
+    """
+
+    path: Path
+    format: str | None
+    hashed: str
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """How much is in no row, and why."""
+
+    def __len__(self) -> int: ...
+
+    def where(self, index: int) -> str:
+        """Where the row stands, for messages."""
+
+    def raw(self, index: int) -> Any:
+        """The parsed row."""
+
+    def identity(self) -> str:
+        """What tells these rows from others."""
+
+
 class RecordSource:
     """Raw rows of a list in memory; `noun` is what one is, `left_out` what the file has beside them."""
+
+    hashed = "content"
 
     def __init__(
         self, path: Path, records: Sequence[Any], format: str, noun: str, left_out: Mapping[str, int]
@@ -53,16 +86,21 @@ class RecordSource:
         """The parsed row."""
         return self.records[index]
 
+    def identity(self) -> str:
+        """A hash of the file."""
+        return sha256_of(self.path)
+
 
 class FileSource:
     """Raw rows that are read from their bytes in a file, which must not change meanwhile."""
 
     format: str | None = None
+    hashed = "content"
     left_out: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: Path, spans: Spans, lines: NDArray[np.int64] | None) -> None:
         self.path, self.spans, self.lines = path, spans, lines
-        self.stamp = _stamp(path)
+        self.stamp = stamp_of(path)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -75,16 +113,17 @@ class FileSource:
 
     def raw(self, index: int) -> Any:
         """Read and parse the row."""
-        if _stamp(self.path) != self.stamp:
+        if stamp_of(self.path) != self.stamp:
             raise DataError(f"{self.path} has changed since it was opened; start again")
         start, end = self.spans[index].tolist()
         with self.path.open("rb") as file:
             file.seek(start)
             data = file.read(end - start)
-        return _parse(data, self.where(index))
+        return parse_json(data, self.where(index))
 
-
-Source = RecordSource | FileSource
+    def identity(self) -> str:
+        """A hash of the file."""
+        return sha256_of(self.path)
 
 
 def open_source(path: Path, format: str, per: str, boxes: BoxTasks | None = None) -> Source:
@@ -188,7 +227,7 @@ def _is_blank(file: IO[bytes], span: NDArray[np.int64]) -> bool:
 
 
 def _open_object(path: Path, per: str, boxes: BoxTasks | None) -> Source:
-    value = _parse(path.read_bytes(), str(path))
+    value = parse_json(path.read_bytes(), str(path))
     if not isinstance(value, dict) or not {"annotations", "images"} <= value.keys():
         raise DataError(
             f"{path}: neither rows nor COCO captions: write one JSON object a line, a JSON list of "
@@ -238,7 +277,8 @@ def caption_records(coco: Mapping[str, Any], where: str, per: str) -> Iterator[d
         yield {"id": row_id, "image": names[image_id], "caption": annotation["caption"]}
 
 
-def _parse(data: bytes, where: str) -> Any:
+def parse_json(data: bytes, where: str) -> Any:
+    """A JSON value; `where` it stands is put in front of every message."""
     try:
         value = json.loads(data.decode())
         if _SURROGATE.search(data):
@@ -255,7 +295,8 @@ def _parse(data: bytes, where: str) -> Any:
     return value
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Size and time of a file, by which it is known again."""
     try:
         status = path.stat()
     except FileNotFoundError:

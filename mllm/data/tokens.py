@@ -30,10 +30,12 @@ class PieceTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int):
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
+        # Ids of special tokens alone, which are half of all that is tokenised; None until asked for.
+        self.known: dict[str, list[int] | None] = dict.fromkeys(tokenizer.get_added_vocab())
         self.prefix_space = adds_prefix_space(tokenizer)
         # Some write that space only where the text has none: " a" and "a" would become the same ids.
         self.merges_space = self.prefix_space and self._encode(" a", False) == self._encode("a", False)
-        special = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        special = sorted(self.known, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)))
         # LLaVA tokenises what follows the beginning of a sequence, or an image, as a text of its own.
         starts = [tokenizer.bos_token if adds_bos(tokenizer) else None]
@@ -56,8 +58,13 @@ class PieceTokenizer:
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         if not text:
             return []
+        if parse_special and (known := self.known.get(text)) is not None:
+            return list(known)
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)
-        return list(encoded["input_ids"])
+        ids = list(encoded["input_ids"])
+        if parse_special and text in self.known:
+            self.known[text] = list(ids)
+        return ids
 
     def _masked(self, run: Sequence[Piece], before: str) -> list[int]:
         """Ids of masked text; `before` is the special token in front of it, which may eat a space."""
@@ -131,11 +138,13 @@ def expand_images(
     long_ids: list[int] = []
     long_labels: list[int] = []
     of_images = iter(counts)
-    for token, label in zip(ids, labels, strict=True):
-        count = next(of_images) if token == image_token_id else 1
-        long_ids += [token] * count
-        long_labels += [label] * count
-    return long_ids, long_labels
+    start = 0
+    for place in [i for i, token in enumerate(ids) if token == image_token_id]:
+        count = next(of_images)
+        long_ids += [*ids[start:place], *[image_token_id] * count]
+        long_labels += [*labels[start:place], *[labels[place]] * count]
+        start = place + 1
+    return [*long_ids, *ids[start:]], [*long_labels, *labels[start:]]
 
 
 def pad_rows(rows: Sequence[Sequence[int]], filler: int, left: bool = False) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -24,10 +25,9 @@ class LeanLora(Linear):
         if args or kwargs or name is None:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)  # [..., out]
-        first, second = self.lora_A[name], self.lora_B[name].weight  # [r, in], [out, r]
-        # Shapes without values (`mllm plan`) have no autocast of torch's, and their products are cast.
-        cast = x.is_meta or torch.is_autocast_enabled(x.device.type)
-        if not cast and len({x.dtype, result.dtype, second.dtype}) > 1:
+        first: Any = self.lora_A[name]  # [r, in]
+        second: Any = self.lora_B[name].weight  # [out, r]
+        if not torch.is_autocast_enabled(x.device.type) and len({x.dtype, result.dtype, second.dtype}) > 1:
             return super().forward(x)
         narrow = first(self.lora_dropout[name](x)) * self.scaling[name]  # [..., r]
         added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.T)  # [tokens, out]
@@ -43,9 +43,8 @@ class LeanLora(Linear):
 
 
 def lean_lora(target: nn.Module, adapter_name: str, **kwargs: Any) -> LeanLora | None:
-    """What PEFT calls for a linear layer; None where it should make a layer of its own (4 bit, and
-    others)."""
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    """What PEFT calls for a linear layer; None where it should make one of its own, as for 4 bit."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if type(base) is not nn.Linear:
         return None
     return LeanLora(target, adapter_name, **kwargs)

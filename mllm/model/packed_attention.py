@@ -73,17 +73,12 @@ def _varlen(
 
     # Rotary positions leave queries and keys in float32 under autocast, which this operator does not know.
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    flat = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # [S, heads, width] each
+    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [S, heads, width]
     most = int((bounds[1:] - bounds[:-1]).max()) if longest is None else longest
-    out = varlen_attn(
-        *flat,
-        bounds,
-        bounds,
-        most,
-        most,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+    grouped = len(key[0]) != len(query[0])
+    causal = (-1, 0)
+    out: Any = varlen_attn(
+        q, k, v, bounds, bounds, most, most, scale=scale, window_size=causal, enable_gqa=grouped
     )
     return out[None]
 

@@ -257,7 +257,7 @@ class MllmProcessor(ProcessorMixin):
             kept = kept[:-2]
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
-        worst = max((token for token in ids if token != self.image_token_id), default=0)
+        worst = max(set(ids) - {self.image_token_id}, default=0)
         if self.vocab_size is not None and worst >= self.vocab_size:
             token = self.tokenizer.convert_ids_to_tokens(worst)
             raise DataError(

@@ -16,9 +16,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from mllm.config import RunConfig, TrainSection
-from mllm.data.files import sha256_of
 from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
+from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
 from mllm.revision import code_state
 from mllm.training.resume import PLAIN
@@ -59,8 +59,8 @@ def check_options(options: TrainSection) -> None:
         )
 
 
-def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
-    """Hugging Face's arguments for a run over that many rows.
+def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments:
+    """Hugging Face's arguments for a run over that many rows, or over a stream.
 
     Raises:
         ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data; or a global
@@ -68,8 +68,11 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
     """
     options = config.train
     optim = options.optim
+    chosen: dict[str, Any] = {} if optim is None else {"optim": optim}
     if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
-        optim = "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
+        chosen["optim"] = (
+            "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
+        )
     # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
     ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -87,7 +90,7 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         adam_beta2=options.adam_beta2,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        **({} if optim is None else {"optim": optim}),
+        **chosen,
         bf16=options.bf16,
         fp16=options.fp16,
         gradient_checkpointing=options.gradient_checkpointing is True,
@@ -104,19 +107,20 @@ def training_arguments(config: RunConfig, rows: int) -> TrainingArguments:
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
         remove_unused_columns=False,
+        ignore_data_skip=config.data.streaming,  # a stream is taken up at its position instead
         use_cpu=not torch.cuda.is_available(),
     )
     batch = arguments.train_batch_size * arguments.world_size
-    if config.on_pairs and not 2 <= batch <= rows:
+    if config.on_pairs and not 2 <= batch <= (batch if rows is None else rows):
         raise ConfigError(
-            f"train.per_device_batch_size: a batch has {batch} pairs, the data have {rows}; "
+            f"train.per_device_batch_size: a batch has {batch} pairs, the data have {rows or 'any number'}; "
             "give a size from 2 up, for the negatives, to that"
         )
     return arguments
 
 
 def run_record(
-    config: RunConfig, rows: Mixture, arguments: TrainingArguments, batches: MicroBatches | None
+    config: RunConfig, rows: Mixture | RowStream, arguments: TrainingArguments, batches: MicroBatches | None
 ) -> dict[str, Any]:
     """What a checkpoint's manifest says of the run that made it.
 
@@ -126,22 +130,12 @@ def run_record(
         arguments: Trainer's, which know the ranks.
         batches: of this rank, where we make them.
     """
-    files = [
-        {
-            "path": path,
-            "sha256": sha256_of(Path(path)),
-            "rows": size,
-            "drawn": drawn,
-            "share": drawn / len(rows),
-        }
-        for path, size, drawn in zip(rows.names, rows.sizes, rows.counts, strict=True)
-    ]
     data = config.data
     order = {"mixing": data.mixing, "grouping": data.grouping, "seed": config.train.seed}
     return {
         "stage": config.stage,
         "tune": config.tune.model_dump(),
-        "data": {"files": files, "rows": len(rows), **order},
+        "data": {"files": rows.record(), "rows": rows.total, **order},
         "train": config.train.model_dump(),
         "batch": _batch_record(config, arguments, batches),
         "recipe": config.model_dump(exclude_unset=True),  # what was said, so that it can be run again

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainingArguments
 
 from mllm.config import RunConfig
-from mllm.data.lengths import Lengths, mixture_lengths
+from mllm.data.lengths import Lengths, Ranks, mixture_lengths
 from mllm.data.mixture import Mixture
 from mllm.data.packing import try_packing
 from mllm.data.sampler import MicroBatches
@@ -35,8 +36,8 @@ def micro_batches(
     if config.on_pairs:
         return None
     if data.packing or data.grouping != "none":
-        with args.main_process_first(desc="lengths of the rows"):  # the others find them beside the data
-            lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save)
+        ranks = Ranks(args.process_index, args.world_size, gather_object)
+        lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save, ranks)
     else:  # all alike: in the order of the epoch, and nothing is measured
         lengths = Lengths(*(np.broadcast_to(np.int32(0), len(rows)) for _ in fields(Lengths)))
     batches = MicroBatches(

@@ -104,6 +104,9 @@ def open_mixture(section: DataSection, seed: int) -> Mixture:
         section.mixing,
         [source.weight for source in sources],
         seed,
+        [source.cap for source in sources],
+        [source.epochs for source in sources],
+        section.replay.share if section.replay else None,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm.config import RunConfig
-from mllm.data.rows import open_rows
+from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
 from mllm.training.build import open_mixture
@@ -85,7 +84,13 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
     """
     options = config.train
     model, processor, parts = outline(config)
-    data = [_data(source.path, source.format, source.image_root) for source in config.data.sources]
+    stream = config.data.streaming  # its rows are not counted: that would be to read it all
+    data = [
+        DataReport(source.path, None, None)
+        if stream
+        else _data(source.path, source.format, source.image_root)
+        for source in config.data.sources
+    ]
     rows = None
     if all(one.rows is not None for one in data):
         mixture = open_mixture(config.data, options.seed)
@@ -112,12 +117,12 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
         precision=_precision(config),
         distribution=way_of(options.deepspeed).name,
         sample=[] if config.on_pairs else _sample(config, processor),
-        notes=[*_notes(data), *_cache_notes(config, model, processor, rows)],
+        notes=[*_notes(data, stream), *_cache_notes(config, model, processor, rows)],
     )
 
 
 def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
-    if not Path(path).is_file():
+    if not there_is(path):
         return DataReport(path, None, None)
     return DataReport(path, len(open_rows(path, format or "auto", image_root)), None)
 
@@ -157,15 +162,17 @@ def _precision(config: RunConfig) -> str:
 def _sample(config: RunConfig, processor: Any) -> list[tuple[str, bool]]:
     source = config.data.sources[0]
     messages: list[Message] = [user("What is shown here?", "picture.jpg"), assistant("A dog on a beach.")]
-    if Path(source.path).is_file():
+    if not config.data.streaming and there_is(source.path):
         messages = open_rows(source.path, source.format or "auto", source.image_root)[0]["messages"]
     pieces: list[Piece] = processor.pieces(messages)
     return [(piece.text, piece.supervised) for piece in pieces]
 
 
-def _notes(data: list[DataReport]) -> Iterator[str]:
+def _notes(data: list[DataReport], stream: bool) -> Iterator[str]:
     for one in data:
-        if one.rows is None:
+        if stream:
+            yield f"{one.path} is read as a stream; its rows are not counted, nor passes over them"
+        elif one.rows is None:
             yield f"{one.path} is not there; rows and steps are not known"
 
 

@@ -404,7 +404,7 @@ def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, Checkpointin
 def report(found: Plan) -> Group:
     """The plan as a table and lines, for a terminal."""
     largest = max(option.memory.total for option in found.options)
-    recompute = {True: "on", False: "off"}.get(found.checkpointing, found.checkpointing)  # type: ignore[call-overload]
+    recompute = {"True": "on", "False": "off"}.get(str(found.checkpointing), found.checkpointing)
     unit, size = ("GiB", GIB) if largest >= GIB / 4 else ("MiB", 2**20)
     table = Table(
         title=f"{unit} a rank on {found.gpus.count} x {found.gpus.memory:g} GB, micro-batches of "

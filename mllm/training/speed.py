@@ -79,7 +79,7 @@ def use_liger(model: Any) -> None:
 
 
 @torch.no_grad()
-def _probe_on_gpu(model: PartedModel) -> torch.Tensor:
+def _probe_on_gpu(model: Any) -> torch.Tensor:
     training = model.training
     model.to("cuda").eval()
     inputs = {name: tensor.to("cuda") for name, tensor in model.probe_inputs().items()}

@@ -12,8 +12,10 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
 from mllm.data.collator import Collator
+from mllm.data.mixture import Mixture
 from mllm.data.packing import PackingCollator, check_packing
 from mllm.data.pairs import PairCollator
+from mllm.data.streaming import RowStream
 from mllm.publish.card import write_card_after_training
 from mllm.training.arguments import check_options, run_record, training_arguments
 from mllm.training.batches import PackingTrial, micro_batches
@@ -25,6 +27,7 @@ from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
 from mllm.training.snapshots import clean
 from mllm.training.speed import speed_up
+from mllm.training.streams import open_stream, stream_batches, take_up
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
 
@@ -48,7 +51,8 @@ def train(
     options = config.train
     check_options(options)
     torch.manual_seed(options.seed)  # the connector's first weights
-    rows = open_mixture(config.data, options.seed)
+    streaming = config.data.streaming
+    rows = (open_stream if streaming else open_mixture)(config.data, options.seed)
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.
     model: Any
@@ -65,8 +69,13 @@ def train(
         upcast_trained(model, config.tune)
     speed_up(model, options)
     rates = part_rates(reports, options)
-    arguments = training_arguments(config, len(rows))
-    batches = micro_batches(config, arguments, model, rows, collator)
+    arguments = training_arguments(config, rows.total)
+    batches = position = None
+    dataset: Any = rows
+    if isinstance(rows, RowStream):
+        dataset, position = stream_batches(rows, collator, arguments)
+    else:
+        batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
@@ -75,7 +84,8 @@ def train(
         model=model,
         args=arguments,
         batches=batches,
-        train_dataset=rows,
+        stream=position,
+        train_dataset=dataset,
         data_collator=feeder,
         processor=processor,
         rates=rates,
@@ -91,16 +101,25 @@ def train(
     trainer.add_callback(QuietProgress())
     if trainer.is_world_process_zero():
         console = Console(stderr=True)
-        console.print(f"[bold]{config.stage}[/]: {len(rows):,} rows -> {options.output_dir}")
-        for name, count, share in rows.report() if len(rows.names) > 1 else ():
-            console.print(f"  {name}: {count:,} rows, {share:.1%}")
+        _print_rows(console, config, rows)
         console.print(tuning_table(reports, rates))
         clean(Path(options.output_dir))
     checkpoint = agreed(last_checkpoint(options.output_dir, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
         console.print(f"resuming from {checkpoint}")
+    if position is not None and checkpoint:
+        take_up(dataset, position, Path(checkpoint))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         write_card_after_training(Path(options.output_dir))
     return Path(options.output_dir)
+
+
+def _print_rows(console: Console, config: RunConfig, rows: Mixture | RowStream) -> None:
+    """How many rows the run learns from, and how much of them each data set gives."""
+    total = "a stream of rows" if rows.total is None else f"{rows.total:,} rows"
+    console.print(f"[bold]{config.stage}[/]: {total} -> {config.train.output_dir}")
+    if isinstance(rows, Mixture) and len(rows.names) > 1:
+        for (name, count, share), passes in zip(rows.report(), rows.passes, strict=True):
+            console.print(f"  {name}: {count:,} rows, {share:.1%}, {passes:.2f} times over")

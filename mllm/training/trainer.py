@@ -18,6 +18,7 @@ from mllm.data.sampler import MicroBatches
 from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import part_of
 from mllm.training.saving import SavingTrainer
+from mllm.training.streams import StreamPosition
 
 __all__ = ["MllmTrainer", "TrainingStoppedError"]
 
@@ -28,6 +29,7 @@ class MllmTrainer(SavingTrainer):
     Args:
         rates: learning rate of each part.
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
+        stream: keeps the position in a stream of rows, where the data set is one (`StreamBatches`).
         **kwargs: of `SavingTrainer`.
     """
 
@@ -36,29 +38,41 @@ class MllmTrainer(SavingTrainer):
         *,
         rates: Mapping[str, float],
         batches: MicroBatches | None = None,
+        stream: StreamPosition | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rates = rates
         self.batches = batches
+        self.stream = stream
+        if stream is not None:
+            self.add_callback(stream)  # for its state only
         self.row_ids: list[str] = []
         self.dropped_turns = 0
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's own, or one over `batches`."""
-        if self.batches is None:
+        """The Trainer's own, or one over `batches` or over a stream's batches."""
+        if self.batches is None and self.stream is None:
             return super().get_train_dataloader()
+        rows: dict[str, Any] = {"batch_sampler": self.batches, "collate_fn": self.data_collator}
+        # A stream's batches are whole. With a generator of its own, a loader that is made again when a run
+        # is resumed draws nothing from the random state that the steps use.
+        whole = {"batch_size": None, "collate_fn": _as_it_is, "generator": torch.Generator()}
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
+            **(rows if self.stream is None else whole),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         # As on one rank: `accelerator.prepare` would divide among ranks what is divided already.
         return prepare_data_loader(
-            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            dispatch_batches=False,  # else rank 0 would read the stream for all
         )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -89,6 +103,8 @@ class MllmTrainer(SavingTrainer):
         """
         self.row_ids = inputs.pop("row_ids", [])
         self.dropped_turns += inputs.pop("dropped_turns", 0)
+        if self.stream is not None:
+            self.stream.note(inputs.pop("position"))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name, value in (outputs.get("losses") or {}).items():
             self.losses.setdefault(name, []).append(value.detach())
@@ -111,3 +127,13 @@ class MllmTrainer(SavingTrainer):
         if self.dropped_turns:
             logs["dropped_turns"] = self.dropped_turns
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a checkpoint, with what every rank has read of a stream."""
+        if self.stream is not None:
+            self.stream.gather()
+        super().save_model(output_dir, _internal_call)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -5,14 +5,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_model, make_picture
 from PIL import Image
+from ranks import on_ranks
 from runs import write_rows
 
 from mllm.data import lengths as lengths_module
 from mllm.data.collator import Collator
-from mllm.data.lengths import Lengths, file_lengths, measure, mixture_lengths
-from mllm.data.mixture import Mixture
+from mllm.data.lengths import Lengths, Ranks, file_lengths, measure, mixture_lengths
+from mllm.data.mixture import Cap, Mixture
 from mllm.data.rows import Rows, open_rows
 from mllm.data.tokens import IGNORE
 from mllm.errors import DataError
@@ -93,6 +95,56 @@ def test_a_mixture_has_the_lengths_of_the_rows_drawn(
     collator = Collator(processor)
     found = mixture_lengths(mixture, collator)
     assert found.tokens.tolist() == [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+
+
+def measure_on(rank: int, world: int, rows: Rows) -> Any:
+    """On a rank, in a process of its own: lengths and rows measured by then, twice; a bad row's error."""
+
+    def gather(own: list[Any]) -> list[Any]:
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(found, own[0])
+        return found
+
+    lengths_module.CHUNK = 2
+    measured: list[int] = []
+    sizes = lengths_module._Chunks._sizes
+    lengths_module._Chunks._sizes = lambda self, row: (measured.append(1), sizes(self, row))[1]  # type: ignore
+    processor, ranks, found = make_model()[1], Ranks(rank, world, gather), []
+    for _ in range(2):
+        found.append((file_lengths(rows, Collator(processor, 500), ranks=ranks), len(measured)))
+    try:
+        file_lengths(rows, Collator(processor, 10), ranks=ranks)
+    except DataError as error:
+        return found, str(error)
+
+
+@pytest.mark.slow
+def test_ranks_measure_a_part_each(rows: Rows, processor: MllmProcessor, tmp_path: Path) -> None:
+    wanted = measure(rows, Collator(processor, 500))
+    one, other = on_ranks(measure_on, 2, tmp_path, rows)
+    for found, error in (one, other):
+        assert [measured for _, measured in found] == [6, 6], "half of the rows, and none a second time"
+        for lengths, _ in found:
+            assert_equal(lengths, wanted)
+        assert "needs" in error
+        assert error == one[1]  # no rank waits for one that has stopped
+
+
+def test_only_what_a_cap_leaves_is_measured(
+    rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture = Mixture([rows, rows], ["a", "b"], "concat", None, 0, [Cap(4), None], [2, 1])  # type: ignore[list-item]
+    collator = Collator(processor)
+    wanted = [len(collator.encode(mixture[i]).input_ids) for i in range(len(mixture))]
+    measured: list[int] = []
+    measure = lengths_module.measure
+    monkeypatch.setattr(
+        lengths_module, "measure", lambda rows, *rest: (measured.append(len(rows)), measure(rows, *rest))[1]
+    )
+    assert mixture_lengths(mixture, collator).tokens.tolist() == wanted
+    assert measured == [4, 12]
+    assert mixture_lengths(mixture, collator).tokens.tolist() == wanted
+    assert measured == [4, 12], "known lengths were measured again"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
