@@ -43,7 +43,7 @@ Features = Callable[[torch.Tensor], torch.Tensor]  # [I, C, H, W] -> [I, N, Dv]
 
 
 def cached_features(
-    config: RunConfig, args: TrainingArguments, model: Any, processor: Any, rows: Mixture
+    config: RunConfig, args: TrainingArguments, model: Any, processor: Any, rows: Any
 ) -> FeatureStore:
     """The features of all pictures of a run, computed where they are missing, every rank doing a share.
 
@@ -52,7 +52,7 @@ def cached_features(
         args: of the Trainer; their device is where the encoder computes.
         model: built and tuned.
         processor: makes the pixels.
-        rows: all that will be trained on.
+        rows: all that will be trained on, a `Mixture`.
 
     Raises:
         ConfigError: features of this model cannot be kept, the disk is too small, or ranks do not share it.
