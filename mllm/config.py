@@ -1,6 +1,7 @@
 """The configuration of one run: what a recipe may say, checked before anything is loaded.
 
-A recipe is a YAML file with the sections `model`, `tune`, `data` and `train`. Command-line overrides
+A recipe is a YAML file with the sections `model`, `tune`, `data` and `train`, and if wanted `val` and
+`eval`. Command-line overrides
 (`train.learning_rate=1e-4`) are laid over it. An unknown key is an error that names the nearest one.
 """
 
@@ -250,6 +251,9 @@ class DataSection(Section):
     )
     packing: bool = Field(False, description="rows one after the other, ranks balanced, in place of padding")
     pack_length: int | None = Field(None, ge=8, description="tokens that a pack may have; null: any number")
+    longest_first: bool = Field(
+        True, description="try the longest rows, forward and backward, before step 1; losses do not change"
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -391,6 +395,35 @@ class TrainSection(Section):
         return steps
 
 
+class ValSection(Section):
+    """Validation during training: the loss with each row's own images, with others' and with blank ones."""
+
+    path: str = Field(description="a JSON or JSONL file of rows that are not trained on")
+    format: str = Field("auto", description="as data.format")
+    image_root: str | None = Field(None, description="default: data.image_root")
+    every: int = Field(500, ge=1, description="steps")
+    rows: int = Field(256, ge=1, description="at most so many, evenly over the file")
+    batch_size: int | None = Field(None, ge=1, description="default: train.per_device_batch_size")
+    image_gap: float = Field(
+        0.01, ge=0, description="warn when others' images raise the loss a token by less than this"
+    )
+    keep_best: bool = Field(False, description="save at every lowest loss, and keep that checkpoint")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a lower one")
+
+
+class EvalSection(Section):
+    """Questions of a benchmark that the model is asked during training."""
+
+    task: Literal["pope"] = "pope"
+    questions: str = Field(description="question file")
+    image_root: str = Field(description="folder of its images")
+    every: int = Field(1000, ge=1, description="steps")
+    rows: int = Field(100, ge=1, description="how many questions, from the first on")
+    decode: str = Field("greedy", description="greedy, sample, vcd; with settings: vcd,alpha=1")
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+
+
 class RunConfig(Section):
     """One stage of training."""
 
@@ -399,6 +432,8 @@ class RunConfig(Section):
     tune: TuneSection = TuneSection()
     data: DataSection
     train: TrainSection
+    val: ValSection | None = None
+    eval: EvalSection | None = None
 
     @property
     def on_pairs(self) -> bool:
@@ -440,6 +475,16 @@ class RunConfig(Section):
             raise ValueError("data.max_length is for conversations; give model.pretraining.max_text_length")
         if self.on_pairs and (self.data.packing or self.data.grouping != "none"):
             raise ValueError("data.packing and data.grouping are for conversations; remove them")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_not_asked(self) -> RunConfig:
+        for name in ("val", "eval"):
+            if self.on_pairs and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for conversations; a loss on pairs depends on what else is in the batch, and "
+                    "such a model says nothing; remove it"
+                )
         return self
 
     @model_validator(mode="after")
