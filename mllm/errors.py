@@ -17,10 +17,6 @@ class DataError(MllmError):
     """A data file, a row or an image is wrong; the message names file, row and field."""
 
 
-class TrainingStoppedError(MllmError):
-    """A run was stopped because going on would have trained on nonsense."""
-
-
 class CheckpointError(MllmError):
     """A checkpoint directory is incomplete, foreign or not what its manifest says."""
 

@@ -32,16 +32,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fault(TrainerCallback):
-    """Breaks the model, or the optimiser, before the first step."""
+    """Breaks the model, or the optimiser, when the first step begins."""
 
     def __init__(self, damage: Callable[[Any, Any], None]):
         self.damage = damage
         self.steps = 0
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kw: Any
     ) -> None:
-        self.damage(model, optimizer.optimizer)
+        if state.global_step == 0:
+            self.damage(model, optimizer.optimizer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kw: Any) -> None:
         self.steps = state.global_step
@@ -156,8 +157,6 @@ def test_a_fault_stops_within_three_steps(world: Path, tmp_path: Path, name: str
     tuning, damage, message = FAULTS[name]
     fault = Fault(damage)
     config = run_config(world, tmp_path / "run", tuning, max_steps=8, save_steps=1)
-    if "loss" in name:  # or Adam would divide what is zero by what is zero
-        config = config.model_copy(update={"data": config.data.model_copy(update={"longest_first": False})})
     with pytest.raises(TrainingStoppedError, match=message) as error:
         train(config, callbacks=[fault])
     assert "\n" not in str(error.value)
