@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -13,16 +16,17 @@ from mllm.data.collator import Collator
 from mllm.data.lengths import Lengths, measure
 from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
+from mllm.data.streaming import RowStream
 from mllm.training.batches import PackingTrial, step_flops
 from mllm.training.eyes import Eyes, peak_tflops
 from mllm.training.guards import MetricsLog, TrainabilityGuard
-from mllm.training.longest import LongestFirst, longest_rows, sample_numbers
+from mllm.training.longest import SAMPLE, LongestFirst, longest_rows, sample_numbers
 from mllm.training.step_guards import AdapterGuard, GradientGuard, LossGuard, OptimizerGuard, declared_rates
 from mllm.training.steps import StepLog
 from mllm.training.validation import validation_callbacks
 
 
-def eyes_of(config: RunConfig, model: Any, rows: Mixture, steps: StepLog) -> Eyes:
+def eyes_of(config: RunConfig, model: Any, rows: Mixture | RowStream, steps: StepLog) -> Eyes:
     """What the run logs of itself; the use of the machine for decoder-only models, whose costs are known."""
     known = not config.on_pairs and not model.config.is_encoder_decoder
     half = config.train.bf16 or config.train.fp16
@@ -45,23 +49,36 @@ def guards_of(
     ]
 
 
-def known_lengths(batches: MicroBatches | None, rows: Mixture, collator: Any) -> tuple[Lengths | None, Any]:
-    """(sizes, row numbers that they are of): of all rows where the plan needed them, else of a sample.
+@dataclass(frozen=True)
+class Known:
+    """Rows whose sizes are known, `numbers` [N] of `rows`; `lengths` is None for pairs, all alike."""
+
+    lengths: Lengths | None
+    numbers: np.ndarray
+    rows: Any
+
+
+def known_lengths(batches: MicroBatches | None, rows: Mixture | RowStream, collator: Any) -> Known:
+    """Of all rows where the plan needed them, else of a sample; of a stream, of its beginning.
 
     Raises:
         DataError: a row of the sample that cannot be trained on.
     """
+    if isinstance(rows, RowStream):
+        first = list(islice(rows.once(), SAMPLE))
+        return Known(measure(first, collator), np.arange(len(first)), first)
     numbers = sample_numbers(len(rows))
     if not isinstance(collator, Collator):  # pairs
-        return None, numbers
-    if batches is not None:
-        return batches.lengths, torch.arange(len(rows)).numpy()
-    return measure([rows[int(number)] for number in numbers], collator), numbers
+        return Known(None, numbers, rows)
+    if batches is not None and batches.lengths.tokens.any():  # else a plan that needed none
+        return Known(batches.lengths, np.arange(len(rows)), rows)
+    return Known(measure([rows[int(number)] for number in numbers], collator), numbers, rows)
 
 
-def length_line(lengths: Lengths, rows: int, max_length: int | None) -> str:
+def length_line(lengths: Lengths, rows: int | None, max_length: int | None) -> str:
     """How many rows do not fit, for before the start."""
-    of = f"a sample of {len(lengths):,} rows" if len(lengths) < rows else f"all {rows:,} rows"
+    every = rows is not None and len(lengths) >= rows
+    of = f"all {rows:,} rows" if every else f"a sample of {len(lengths):,} rows"
     if max_length is None:
         return f"longest row {int(lengths.tokens.max()):,} tokens, no data.max_length ({of})"
     return (
@@ -71,15 +88,11 @@ def length_line(lengths: Lengths, rows: int, max_length: int | None) -> str:
 
 
 def trials_of(
-    config: RunConfig,
-    rows: Mixture,
-    collator: Any,
-    batches: MicroBatches | None,
-    known: tuple[Lengths | None, Any],
+    config: RunConfig, collator: Any, batches: MicroBatches | None, known: Known
 ) -> list[TrainerCallback]:
     """What is tried before step 1, where the model is on its device with the precision of the run."""
     trials: list[TrainerCallback] = [PackingTrial()] if config.data.packing else []
     if config.data.longest_first:
-        longest = longest_rows(batches, *known, config.train.per_device_batch_size)
-        trials.append(LongestFirst(rows, collator, longest))
+        longest = longest_rows(batches, known.lengths, known.numbers, config.train.per_device_batch_size)
+        trials.append(LongestFirst(known.rows, collator, longest))
     return trials

@@ -17,8 +17,8 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mllm.data.lengths import Lengths
-from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
+from mllm.data.schema import Row
 from mllm.model.checkpoint import part_of
 from mllm.training.aside import aside
 from mllm.training.steps import model_inputs
@@ -70,12 +70,12 @@ class LongestFirst(TrainerCallback):
     """Computes the loss and the gradients of the longest rows before the first step, and drops them.
 
     Args:
-        data: the rows of the run.
+        data: rows of the run.
         collator: makes its batches.
         rows: the numbers of the longest.
     """
 
-    def __init__(self, data: Mixture, collator: Any, rows: Sequence[int]) -> None:
+    def __init__(self, data: Sequence[Row], collator: Any, rows: Sequence[int]) -> None:
         self.data, self.collator, self.rows = data, collator, list(rows)
         self.tokens = 0
 

@@ -104,7 +104,7 @@ def train(
         validation=validation,
         callbacks=[
             *guards_of(config, model, rates, steps),
-            *trials_of(config, rows, collator, batches, known),
+            *trials_of(config, collator, batches, known),
             *callbacks,
         ],
     )

@@ -19,13 +19,10 @@ from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import part_of
 from mllm.training.eyes import Eyes, peak_memory
 from mllm.training.saving import SavingTrainer
-<<<<<<< HEAD
-from mllm.training.streams import StreamPosition
-=======
 from mllm.training.step_guards import declared_rates, group_fault
 from mllm.training.steps import StepLog
+from mllm.training.streams import StreamPosition
 from mllm.training.validation import Validation
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)
 
 __all__ = ["MllmTrainer", "TrainingStoppedError"]
 
@@ -38,11 +35,8 @@ class MllmTrainer(SavingTrainer):
         steps: where it notes what each step was made of.
         eyes: what of that is logged.
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
-<<<<<<< HEAD
         stream: keeps the position in a stream of rows, where the data set is one (`StreamBatches`).
-=======
         validation: what `evaluate` measures.
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)
         **kwargs: of `SavingTrainer`.
     """
 
@@ -53,11 +47,8 @@ class MllmTrainer(SavingTrainer):
         steps: StepLog,
         eyes: Eyes,
         batches: MicroBatches | None = None,
-<<<<<<< HEAD
         stream: StreamPosition | None = None,
-=======
         validation: Validation | None = None,
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -65,15 +56,10 @@ class MllmTrainer(SavingTrainer):
         self.steps, self.eyes = steps, eyes
         self.add_callback(eyes)
         self.batches = batches
-<<<<<<< HEAD
         self.stream = stream
         if stream is not None:
             self.add_callback(stream)  # for its state only
-        self.row_ids: list[str] = []
-        self.dropped_turns = 0
-=======
         self.validation = validation
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -123,20 +109,10 @@ class MllmTrainer(SavingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-<<<<<<< HEAD
-        """The model's loss; stops the run where it is not a number.
-
-        Raises:
-            TrainingStoppedError: NaN or infinite loss; names the rows of the micro-batch.
-        """
-        self.row_ids = inputs.pop("row_ids", [])
-        self.dropped_turns += inputs.pop("dropped_turns", 0)
-        if self.stream is not None:
-            self.stream.note(inputs.pop("position"))
-=======
         """The model's loss; it and the rows that it is of are noted for the guards."""
         rows, counts = self.steps.take(inputs)
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)
+        if self.stream is not None:
+            self.stream.note(inputs.pop("position"))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.steps.note(rows, counts, inputs.get("labels"), loss)
         for name, value in (outputs.get("losses") or {}).items():
@@ -178,7 +154,12 @@ class MllmTrainer(SavingTrainer):
             logs["dropped_turns"] = self.steps.dropped_turns
         super().log(logs, *args, **kwargs)
 
-<<<<<<< HEAD
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), "sum")
+
+    def _most(self, value: float) -> float:
+        return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a checkpoint, with what every rank has read of a stream."""
         if self.stream is not None:
@@ -188,10 +169,3 @@ class MllmTrainer(SavingTrainer):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-=======
-    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.reduce(values.to(self.args.device), "sum")
-
-    def _most(self, value: float) -> float:
-        return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
->>>>>>> 36253ff (Guards and eyes: every step is guarded, measured and logged; validation and questions during training; the preflight)

@@ -265,7 +265,8 @@ def test_the_longest_of_a_sample_or_of_all(world: Path) -> None:
     config = run_config(world, world / "x", TUNINGS["llm"])
     processor = build(config.model)[1]
     rows = open_mixture(config.data, 0)
-    lengths, numbers = known_lengths(None, rows, Collator(processor))
+    known = known_lengths(None, rows, Collator(processor))
+    lengths, numbers = known.lengths, known.numbers
     exact = [len(processor.encode(rows[i]["messages"]).input_ids) for i in range(len(rows))]
     chosen = longest_rows(None, lengths, numbers, 3)
     assert sorted(exact[i] for i in chosen) == sorted(exact)[-3:]

@@ -202,7 +202,8 @@ def test_rows_over_the_length_are_told_before_the_start(
     limit = max(length for turns, length in sizes if turns == 2)
     over = sum(length > limit for _, length in sizes)
     assert over
-    lengths, numbers = known_lengths(None, rows, Collator(processor, limit))
+    known = known_lengths(None, rows, Collator(processor, limit))
+    lengths, numbers = known.lengths, known.numbers
     assert len(numbers) == len(rows)
     assert lengths is not None
     line = length_line(lengths, len(rows), limit)

@@ -146,7 +146,7 @@ def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> N
         assert found["passed"] is (code == 0)
         assert len(found["data"]["bad"]) == 3 * code
         assert [check["passed"] for check in found["checks"]] == (
-            [False, True, True, None] if code else [True] * 4
+            [False, None, None, None] if code else [True] * 4
         )
         assert not (Path(config.train.output_dir) / "mllm_manifest.json").exists()
         assert not (Path(config.train.output_dir) / "preflight").exists()
