@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mllm.data.lengths import Lengths
+from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
 from mllm.data.schema import Row
 from mllm.model.checkpoint import part_of
@@ -75,7 +76,7 @@ class LongestFirst(TrainerCallback):
         rows: the numbers of the longest.
     """
 
-    def __init__(self, data: Sequence[Row], collator: Any, rows: Sequence[int]) -> None:
+    def __init__(self, data: Sequence[Row] | Mixture, collator: Any, rows: Sequence[int]) -> None:
         self.data, self.collator, self.rows = data, collator, list(rows)
         self.tokens = 0
 
