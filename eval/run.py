@@ -46,6 +46,7 @@ def run(
     max_new_tokens: int = 128,
     prompt_style: str = "llava",
     checkpoint: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
     blank_images: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -66,6 +67,7 @@ def run(
         max_new_tokens: longest answer.
         prompt_style: what is put after the question, see `pope.PROMPT_SUFFIXES`.
         checkpoint: directory that the model was loaded from, for the record.
+        identity: what the model is where it comes from no directory, in place of a hash of its weights.
         blank_images: show a plain picture in the processor's mean colour in place of every image, to see
             whether the model looks.
         overwrite: throw away what a run with other settings left at `out`.
@@ -86,7 +88,7 @@ def run(
     model.eval()
     meta = {
         "task": "pope",
-        "checkpoint": _identity(model, checkpoint),
+        "checkpoint": identity or _identity(model, checkpoint),
         "decode": describe(decoder),
         "seed": seed,
         "question_file": {

@@ -1,8 +1,8 @@
 """The configuration of one run: what a recipe may say, checked before anything is loaded.
 
-A recipe is a YAML file with the sections `model`, `tune`, `data`, `train` and, for the model card, `card`.
-Command-line overrides (`train.learning_rate=1e-4`) are laid over it. An unknown key is an error that names
-the nearest one.
+A recipe is a YAML file with the sections `model`, `tune`, `data` and `train`, and if wanted `val`, `eval`
+and, for the model card, `card`. Command-line overrides (`train.learning_rate=1e-4`) are laid over it. An
+unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -257,6 +257,9 @@ class DataSection(Section):
     feature_cache: bool | str = Field(
         False, description="keep a frozen vision encoder's features in this folder; true: in output_dir"
     )
+    longest_first: bool = Field(
+        True, description="try the longest rows, forward and backward, before step 1; losses do not change"
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -410,6 +413,35 @@ class CardSection(Section):
     tags: list[str] = Field(default_factory=list, description="more tags")
 
 
+class ValSection(Section):
+    """Validation during training: the loss with each row's own images, with others' and with blank ones."""
+
+    path: str = Field(description="a JSON or JSONL file of rows that are not trained on")
+    format: str = Field("auto", description="as data.format")
+    image_root: str | None = Field(None, description="default: data.image_root")
+    every: int = Field(500, ge=1, description="steps")
+    rows: int = Field(256, ge=1, description="at most so many, evenly over the file")
+    batch_size: int | None = Field(None, ge=1, description="default: train.per_device_batch_size")
+    image_gap: float = Field(
+        0.01, ge=0, description="warn when others' images raise the loss a token by less than this"
+    )
+    keep_best: bool = Field(False, description="save at every lowest loss, and keep that checkpoint")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a lower one")
+
+
+class EvalSection(Section):
+    """Questions of a benchmark that the model is asked during training."""
+
+    task: Literal["pope"] = "pope"
+    questions: str = Field(description="question file")
+    image_root: str = Field(description="folder of its images")
+    every: int = Field(1000, ge=1, description="steps")
+    rows: int = Field(100, ge=1, description="how many questions, from the first on")
+    decode: str = Field("greedy", description="greedy, sample, vcd; with settings: vcd,alpha=1")
+    batch_size: int = Field(16, ge=1)
+    max_new_tokens: int = Field(16, ge=1)
+
+
 class RunConfig(Section):
     """One stage of training."""
 
@@ -418,6 +450,8 @@ class RunConfig(Section):
     tune: TuneSection = TuneSection()
     data: DataSection
     train: TrainSection
+    val: ValSection | None = None
+    eval: EvalSection | None = None
     card: CardSection = CardSection()
 
     @property
@@ -477,6 +511,16 @@ class RunConfig(Section):
             raise ValueError("data.feature_cache goes through all rows before training; set streaming=false")
         if self.model.tiling:
             raise ValueError("data.feature_cache does not keep the views of model.tiling; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_not_asked(self) -> RunConfig:
+        for name in ("val", "eval"):
+            if self.on_pairs and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is for conversations; a loss on pairs depends on what else is in the batch, and "
+                    "such a model says nothing; remove it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,10 +1,14 @@
-"""The file that `deepspeed`, `torchrun` and `accelerate launch` take: RECIPE [section.key=value ...]."""
+"""What `deepspeed`, `torchrun` and `accelerate launch` take: RECIPE [section.key=value ...] [--preflight]."""
 
 import sys
 
 import torch.distributed as dist
+from rich.console import Console
 
+from eval.during_training import Asker
+from mllm.config import load_recipe
 from mllm.errors import MllmError
+from mllm.training.preflight import preflight, table
 from mllm.training.train import train
 
 
@@ -12,10 +16,16 @@ def main() -> None:
     """Parse the arguments of a launcher and train."""
     # DeepSpeed adds --local_rank=N; the rank is read from the environment.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    check = "--preflight" in arguments
+    arguments = [argument for argument in arguments if argument != "--preflight"]
     if not arguments:
-        sys.exit("usage: deepspeed scripts/train.py RECIPE [section.key=value ...]")
+        sys.exit("usage: deepspeed scripts/train.py RECIPE [section.key=value ...] [--preflight]")
     try:
-        train(arguments[0], arguments[1:])
+        if check:
+            report = preflight(load_recipe(arguments[0], arguments[1:]), Asker())
+            Console(stderr=True, highlight=False).print(table(report))
+            sys.exit(0 if report.passed else 1)
+        train(arguments[0], arguments[1:], asker=Asker())
     except MllmError as error:
         sys.exit(f"error: {error}")
     finally:

@@ -45,8 +45,11 @@ def test_the_tree_lists_every_file_and_nothing_else() -> None:
 
 
 def test_the_recipe_is_valid() -> None:
-    (recipe,) = blocks("yaml")
+    recipe, more = blocks("yaml")
     assert RunConfig.model_validate(yaml.safe_load(recipe)).tune.language_model == "lora"
+    both = RunConfig.model_validate({**yaml.safe_load(recipe), **yaml.safe_load(more)})
+    assert both.val is not None
+    assert both.eval is not None
     assert len(recipe.strip().splitlines()) <= 10
 
 

@@ -17,8 +17,14 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="auto: from the newest complete checkpoint; or the path of one")
     ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="check rows, longest batch and saving; do not train")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train one stage.
+    """Train one stage, or with --preflight see in minutes whether it would.
+
+    The preflight's exit code is 0 only if all has passed; bad rows are listed in output_dir/preflight.json.
 
     [bold]Examples[/]
 
@@ -26,13 +32,39 @@ def train(
 
       mllm train my_recipe.yaml train.learning_rate=1e-4 --resume auto
 
+      mllm train my_recipe.yaml --preflight
+
       deepspeed --num_gpus 8 scripts/train.py llava-1.5-7b/instruct
     """
+    from eval.during_training import Asker
+
+    if preflight:
+        _preflight(recipe, overrides or [], as_json)
+        return
     from mllm.training.train import train as run
 
     # As JSON, which is YAML, so that any path is a value.
     asked = [] if resume is None else [f"train.resume={json.dumps(resume)}"]
-    typer.echo(run(recipe, [*(overrides or []), *asked]))
+    path = run(recipe, [*(overrides or []), *asked], asker=Asker())
+    typer.echo(json.dumps({"output": str(path)}) if as_json else path)
+
+
+def _preflight(recipe: str, overrides: list[str], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from eval.during_training import Asker
+    from mllm.config import load_recipe
+    from mllm.training.preflight import preflight, table
+
+    report = preflight(load_recipe(recipe, overrides), Asker())
+    if as_json:
+        typer.echo(json.dumps({"passed": report.passed, **asdict(report)}))
+    else:
+        Console(highlight=False).print(table(report))
+    if not report.passed:
+        raise typer.Exit(1)
 
 
 def recipes(as_json: AsJson = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,25 @@ from mllm.errors import DataError
 if TYPE_CHECKING:
     from mllm.data.feature_store import FeatureStore
     from mllm.model.processing import Encoded, MllmProcessor
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """Sizes of one row of a batch, counted on the CPU where that holds nobody up.
+
+    Attributes:
+        dataset: which data set of the mixture it is from.
+        tokens: image placeholders included, padding not.
+        image_tokens: placeholders.
+        labels: supervised tokens.
+        views: pictures that the vision encoder sees.
+    """
+
+    dataset: str
+    tokens: int
+    image_tokens: int
+    labels: int
+    views: int
 
 
 class Collator:
@@ -51,8 +71,8 @@ class Collator:
             `input_ids`, `attention_mask`, `labels` [B, S]; where there is an image,
             `pixel_values` [I, C, H, W] and what else the model takes of images, or, with `features`, always
             `image_features` [I, N, Dv], I being 0 where there is no image; and, for reports, `row_ids`
-            (B names) and `dropped_turns` (an int). For an encoder-decoder language model the first two are
-            prompts, `labels` [B, T] are answers, and B counts the answers.
+            (B names), `counts` (B `RowCount`) and `dropped_turns` (an int). For an encoder-decoder language
+            model the first two are prompts, `labels` [B, T] are answers, and B counts the answers.
 
         Raises:
             DataError: names the row.
@@ -60,7 +80,8 @@ class Collator:
         examples = [(row, example) for row in rows for example in self.examples(row)]
         encoded = [example for _, example in examples]
         batch: dict[str, Any] = dict(self.layout(encoded))
-        inputs = [self._images(row, example.images) for row, example in examples if example.images]
+        pictures = [self._images(row, example.images) if example.images else {} for row, example in examples]
+        inputs = [of_row for of_row in pictures if of_row]
         for name in inputs[0] if inputs else ():
             batch[name] = torch.cat([of_row[name] for of_row in inputs])
         if self.features is not None and not inputs:
@@ -68,6 +89,10 @@ class Collator:
             batch["image_features"] = self.features.take([])
         batch |= self.processor.instruction_inputs([text for row in encoded for text in row.instructions])
         batch["row_ids"] = [name_of(row) for row, _ in examples]
+        batch["counts"] = [
+            self._count(row, example, len(of_row.get("pixel_values", ())))
+            for (row, example), of_row in zip(examples, pictures, strict=True)
+        ]
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)
         return batch
 
@@ -104,6 +129,17 @@ class Collator:
         kept = row["messages"][: len(row["messages"]) - whole.dropped_turns]
         ends = [i for i, message in enumerate(kept, 1) if message["role"] == "assistant"]
         return [*(self.processor.encode(kept[:end]) for end in ends[:-1]), whole]
+
+    def _count(self, row: Row, encoded: Encoded, views: int) -> RowCount:
+        answer = len(encoded.labels) if self.processor.encoder_decoder else 0
+        labels = encoded.labels if self.processor.encoder_decoder else encoded.labels[1:]
+        return RowCount(
+            dataset=row.get("dataset", ""),
+            tokens=len(encoded.input_ids) + answer,
+            image_tokens=sum(encoded.image_tokens),
+            labels=sum(label != IGNORE for label in labels),
+            views=views,
+        )
 
     def _images(self, row: Row, images: Sequence[Any]) -> dict[str, torch.Tensor]:
         try:

@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,18 +41,33 @@ class Lengths:
         tokens: [N], image placeholders included.
         labels: [N], supervised tokens.
         views: [N], pictures that the vision encoder sees: images, or with tiling their views.
+        turns: [N], messages of the row as it is in the file.
+        dropped: [N], those of them that `data.max_length` has no room for.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     views: np.ndarray
+    turns: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+
+    @property
+    def over(self) -> float:
+        """Share of the rows that are longer than `data.max_length`, and are shortened."""
+        return float((self.dropped > 0).mean()) if len(self.dropped) else 0.0
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the messages that this drops."""
+        return float(self.dropped.sum() / max(1, self.turns.sum()))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, rows: np.ndarray) -> Lengths:
         """The sizes of these rows, in this order."""
-        return Lengths(self.tokens[rows], self.labels[rows], self.views[rows])
+        of_rows = (getattr(self, one.name) for one in fields(self))
+        return Lengths(*(sizes[rows] if len(sizes) else sizes for sizes in of_rows))
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def file_lengths(
     lengths = measure(wanted, collator, workers, show, ranks)
     if ranks.rank == 0 and os.access(cache.parent, os.W_OK):  # a read-only disk: measured every time
         with atomic_path(cache) as partial:
-            np.save(partial, np.stack([lengths.tokens, lengths.labels, lengths.views]))
+            np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
     return lengths
 
 
@@ -151,7 +166,8 @@ def measure(
 def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:
     """What lengths depend on: the rows, where their images are, the processor, the limit, this package."""
     root = str(rows.image_root and rows.image_root.absolute())
-    parts = [mllm.__version__, rows.identity(), root, str(collator.max_length)]
+    kinds = ",".join(one.name for one in fields(Lengths))
+    parts = [mllm.__version__, kinds, rows.identity(), root, str(collator.max_length)]
     if chosen is not None:
         parts.append(hashlib.sha256(chosen.tobytes()).hexdigest())
     with TemporaryDirectory() as folder:
@@ -161,7 +177,7 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
 
 
 class _Chunks(Dataset[Any]):
-    """Sizes of `CHUNK` rows at a time: [rows, 3]."""
+    """Sizes of `CHUNK` rows at a time: [rows, 5]."""
 
     def __init__(self, rows: Sequence[Row], collator: Collator):
         self.rows, self.collator = rows, collator
@@ -176,9 +192,10 @@ class _Chunks(Dataset[Any]):
         except DataError as error:
             return error  # raised in a worker it would arrive as a page of traceback
 
-    def _sizes(self, row: Row) -> tuple[int, int, int]:
+    def _sizes(self, row: Row) -> tuple[int, ...]:
         encoded = self.collator.encode(row)
         tiles = self.collator.processor.tiles
         images = encoded.images
         views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-        return len(encoded.input_ids), sum(label != IGNORE for label in encoded.labels), views
+        labels = sum(label != IGNORE for label in encoded.labels)
+        return len(encoded.input_ids), labels, views, len(row["messages"]), encoded.dropped_turns

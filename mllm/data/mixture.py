@@ -146,7 +146,9 @@ class Mixture(Dataset[Any]):
         return len(self)
 
     def __getitem__(self, index: int) -> Any:
-        return self.datasets[self.source[index]][int(self.row[index])]
+        source = self.source[index]
+        row = self.datasets[source][int(self.row[index])]
+        return {**row, "dataset": self.names[source]} if isinstance(row, dict) else row
 
     def report(self) -> list[tuple[str, int, float]]:
         """(name, rows drawn, share of all) of each data set."""

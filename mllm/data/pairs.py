@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.data.collator import name_of
+from mllm.data.collator import RowCount, name_of
 from mllm.data.images import load_image
 from mllm.data.schema import Row, images_of, message_text
 from mllm.errors import DataError
@@ -37,7 +37,7 @@ class PairCollator:
         self.processor = processor
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """`pixel_values` [B, C, H, W], `input_ids` and `attention_mask` [B, T]; `row_ids` for reports.
+        """`pixel_values` [B, C, H, W], `input_ids` and `attention_mask` [B, T]; and, for reports, the rest.
 
         Raises:
             DataError: a row is no pair, or its image cannot be read.
@@ -45,4 +45,9 @@ class PairCollator:
         names = [name_of(row) for row in rows]
         images, captions = zip(*map(pair_of, rows), strict=True)
         pictures = [load_image(image, name) for image, name in zip(images, names, strict=True)]
-        return {**self.processor(images=pictures, text=captions), "row_ids": names}
+        batch = self.processor(images=pictures, text=captions)
+        sizes = batch["attention_mask"].sum(1).tolist()
+        counts = [
+            RowCount(row.get("dataset", ""), size, 0, 0, 1) for row, size in zip(rows, sizes, strict=True)
+        ]
+        return {**batch, "row_ids": names, "counts": counts}

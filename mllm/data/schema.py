@@ -34,11 +34,15 @@ class Message(TypedDict):
 
 
 class Row(TypedDict):
-    """One conversation of a data set; `source` says which line of which file it is, for errors."""
+    """One conversation of a data set.
+
+    `source` says which line of which file it is, for errors; `dataset` which data set of a mixture.
+    """
 
     id: str
     messages: list[Message]
     source: NotRequired[str]
+    dataset: NotRequired[str]
 
 
 def text_part(text: str) -> Part:

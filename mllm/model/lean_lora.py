@@ -27,7 +27,7 @@ class LeanLora(Linear):
         result = self.base_layer(x)  # [..., out]
         first: Any = self.lora_A[name]  # [r, in]
         second: Any = self.lora_B[name].weight  # [out, r]
-        if not torch.is_autocast_enabled(x.device.type) and len({x.dtype, result.dtype, second.dtype}) > 1:
+        if not _autocast(x) and len({x.dtype, result.dtype, second.dtype}) > 1:
             return super().forward(x)
         narrow = first(self.lora_dropout[name](x)) * self.scaling[name]  # [..., r]
         added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.T)  # [tokens, out]
@@ -40,6 +40,11 @@ class LeanLora(Linear):
         (name,) = self.active_adapters
         plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
         return name if plain else None
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether mixed precision casts for us; shapes without values have no such thing."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def lean_lora(target: nn.Module, adapter_name: str, **kwargs: Any) -> LeanLora | None:

@@ -46,6 +46,8 @@ def check_options(options: TrainSection) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.report_to: {error}") from error
+    if options.bf16 and torch.cuda.is_available():
+        check_bf16(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     if options.deepspeed is None:
         return
     if not Path(options.deepspeed).is_file():
@@ -59,6 +61,15 @@ def check_options(options: TrainSection) -> None:
         )
 
 
+def check_bf16(device: str, capability: tuple[int, int]) -> None:
+    """Raise `ConfigError` for an NVIDIA GPU that has no bf16 arithmetic, as those before Ampere (8.0)."""
+    if torch.version.hip is None and capability < (8, 0):
+        raise ConfigError(
+            f"train.bf16: {device} (compute capability {capability[0]}.{capability[1]}) has no bf16 "
+            "arithmetic; use train.bf16=false train.fp16=true, or train.bf16=false for float32"
+        )
+
+
 def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments:
     """Hugging Face's arguments for a run over that many rows, or over a stream.
 
@@ -66,7 +77,7 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data; or a global
             batch that the ranks cannot divide.
     """
-    options = config.train
+    options, val = config.train, config.val
     optim = options.optim
     chosen: dict[str, Any] = {} if optim is None else {"optim": optim}
     if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
@@ -95,9 +106,16 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         fp16=options.fp16,
         gradient_checkpointing=options.gradient_checkpointing is True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        save_strategy="steps" if options.save_steps else "no",
+        # With steps, `KeepBest` saves at the best ones as well.
+        save_strategy="steps" if options.save_steps else "best" if val and val.keep_best else "no",
+        eval_strategy="steps" if val else "no",
+        eval_steps=val.every if val else None,
+        metric_for_best_model="loss" if val else None,
+        greater_is_better=False if val else None,
         save_steps=options.save_steps or 500,
-        save_total_limit=options.save_total_limit,
+        # Without save_steps only best checkpoints are saved, and of those the last is the best.
+        save_total_limit=options.save_total_limit
+        or (1 if val and val.keep_best and not options.save_steps else None),
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # the filter hides exactly what must be seen
         seed=options.seed,

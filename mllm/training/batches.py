@@ -12,12 +12,21 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainingArguments
 
 from mllm.config import RunConfig
+from mllm.data.collator import Collator
 from mllm.data.lengths import Lengths, Ranks, mixture_lengths
 from mllm.data.mixture import Mixture
-from mllm.data.packing import try_packing
+from mllm.data.packing import PackingCollator, try_packing
+from mllm.data.pairs import PairCollator
 from mllm.data.sampler import MicroBatches
 from mllm.errors import ConfigError
 from mllm.training.flops import StepFlops, attention_flops, linear_flops
+
+
+def make_collator(config: RunConfig, processor: Any) -> Any:
+    """What makes the batches of a run."""
+    if config.on_pairs:
+        return PairCollator(processor)
+    return (PackingCollator if config.data.packing else Collator)(processor, config.data.max_length)
 
 
 def micro_batches(

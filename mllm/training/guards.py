@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from mllm.data.files import write_atomic
+from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import checksum, part_of
-from mllm.training.trainer import TrainingStoppedError
 
 # Steps that a part may go without a gradient: the first rows may all be text, which no connector sees.
 PATIENCE = 10
@@ -36,17 +36,10 @@ class TrainabilityGuard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the gradients of the first steps, and one gradient of every step for NaN."""
+        """Check the gradients of the first steps."""
         if args.deepspeed:
             return  # it has already stepped here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        # Clipping by a norm that is NaN makes every gradient NaN, so one of them tells.
-        first = next((p.grad for _, p in trainable if p.grad is not None), None)
-        if first is not None and not args.fp16 and not torch.isfinite(first).all():
-            raise TrainingStoppedError(
-                f"step {state.global_step + 1}: a gradient is not finite; lower the learning rate, "
-                "or train in bf16 or float32"
-            )
         without = [name for name, p in trainable if p.grad is None] if self.steps == 0 else []
         if without:
             raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
@@ -73,17 +66,6 @@ class TrainabilityGuard(TrainerCallback):
             raise TrainingStoppedError(f"{moved[0]} is declared frozen and has changed")
 
 
-class QuietProgress(ProgressCallback):
-    """The Trainer's progress bar with the loss at its end, in place of a printed line for each log."""
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Show the newest loss."""
-        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
-
-
 class MetricsLog(TrainerCallback):
     """Append every log to `metrics.jsonl`; draw the loss curve at the end."""
 
@@ -107,9 +89,11 @@ class MetricsLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw `loss.png`."""
+        """Draw `loss.png` and `speed.png`."""
         if state.is_world_process_zero:
-            plot_losses({self.path.parent.name: read_metrics(self.path)}, self.path.with_name("loss.png"))
+            lines = read_metrics(self.path)
+            plot_losses({self.path.parent.name: lines}, self.path.with_name("loss.png"))
+            plot_speed(lines, self.path.with_name("speed.png"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -140,4 +124,27 @@ def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
+    figure.savefig(path)
+
+
+def plot_speed(lines: list[dict[str, Any]], path: Path) -> None:
+    """Draw tokens a second, waiting for data, and the parts' learning rates over the steps as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
+    panels = figure.subplots(3, sharex=True)
+    rates = sorted({key for line in lines for key in line if key.startswith("learning_rate/")})
+    drawn = (["speed/tokens_per_second"], ["speed/data_wait"], rates)
+    for axes, keys, label in zip(
+        panels, drawn, ("tokens/s", "share waiting for data", "learning rate"), strict=True
+    ):
+        for key in keys:
+            points = [(line["step"], line[key]) for line in lines if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=key.partition("/")[2])
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    if panels[2].lines:
+        panels[2].legend()
+    panels[2].set_xlabel("step")
     figure.savefig(path)

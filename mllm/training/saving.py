@@ -81,6 +81,7 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A new checkpoint is complete before an old one goes."""
         folder = self.write_aside()
+        self._best()
         if not self.args.should_save:
             return
         output_dir = Path(str(self.args.output_dir))
@@ -94,8 +95,16 @@ class SavingTrainer(Trainer):
         }
         with self._removed_if_unfinished():
             publish(folder, output_dir, about)
-        rotate(output_dir, self.args.save_total_limit)
+        rotate(output_dir, self.args.save_total_limit, self._best())
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+
+    def _best(self) -> Path | None:
+        """The best checkpoint by the validation; Trainer has noted it where it was written aside."""
+        if not self.state.best_global_step:
+            return None
+        best = Path(str(self.args.output_dir)) / f"{PREFIX}{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        return best
 
     @contextmanager
     def _removed_if_unfinished(self) -> Iterator[None]:

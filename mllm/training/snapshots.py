@@ -81,11 +81,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints until `limit` complete ones are left; None keeps all."""
+def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
+    """Remove the oldest checkpoints until `limit` complete ones are left, and the best; None keeps all."""
     if limit is not None:
         for old in complete_snapshots(output_dir)[:-limit]:
-            discard(old)
+            if old != best:
+                discard(old)
 
 
 def discard(path: Path) -> None:

@@ -11,31 +11,37 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
-from mllm.data.collator import Collator
+from mllm.data.lengths import Lengths
 from mllm.data.mixture import Mixture
-from mllm.data.packing import PackingCollator, check_packing
-from mllm.data.pairs import PairCollator
+from mllm.data.packing import check_packing
 from mllm.data.streaming import RowStream
+from mllm.errors import ConfigError
 from mllm.publish.card import write_card_after_training
 from mllm.training.arguments import check_options, run_record, training_arguments
-from mllm.training.batches import PackingTrial, micro_batches
+from mllm.training.asking import Asking, Asks
+from mllm.training.batches import make_collator, micro_batches
 from mllm.training.build import build, open_mixture
+from mllm.training.callbacks import eyes_of, guards_of, known_lengths, length_line, trials_of
+from mllm.training.eyes import QuietProgress
+from mllm.training.failures import told_in_one_line
 from mllm.training.feature_cache import cached_features
-from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
 from mllm.training.snapshots import clean
 from mllm.training.speed import speed_up
+from mllm.training.steps import StepLog
 from mllm.training.streams import open_stream, stream_batches, take_up
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
+from mllm.training.validation import open_validation
 
 
 def train(
     recipe: str | Path | RunConfig,
     overrides: Sequence[str] = (),
     callbacks: Sequence[TrainerCallback] = (),
+    asker: Asks | None = None,
 ) -> Path:
     """Run one stage.
 
@@ -43,6 +49,7 @@ def train(
         recipe: a recipe's file or shipped name, or a configuration.
         overrides: `section.key=value`, laid over a recipe's file.
         callbacks: called beside our own, in the way of Hugging Face's Trainer.
+        asker: of the questions of a recipe's section `eval`: `eval.during_training.Asker()`.
 
     Returns:
         The checkpoint directory (the run's `output_dir`).
@@ -50,6 +57,10 @@ def train(
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     options = config.train
     check_options(options)
+    if config.eval is not None and asker is None:
+        raise ConfigError(
+            "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"
+        )
     torch.manual_seed(options.seed)  # the connector's first weights
     streaming = config.data.streaming
     rows = (open_stream if streaming else open_mixture)(config.data, options.seed)
@@ -58,8 +69,7 @@ def train(
     model: Any
     processor: Any
     model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
-    of_rows = PackingCollator if config.data.packing else Collator
-    collator: Any = PairCollator(processor) if config.on_pairs else of_rows(processor, config.data.max_length)
+    collator = make_collator(config, processor)
     reports = apply_tuning(model, config.tune)
     if config.data.packing:
         check_packing(model)
@@ -80,46 +90,60 @@ def train(
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
+    known = known_lengths(batches, rows, collator)
+    steps = StepLog()
+    validation = open_validation(config, collator)
     trainer = MllmTrainer(
         model=model,
         args=arguments,
         batches=batches,
         stream=position,
         train_dataset=dataset,
+        eval_dataset=validation and validation.rows,
         data_collator=feeder,
         processor=processor,
         rates=rates,
         record=record,
-        callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir)), *callbacks],
+        steps=steps,
+        eyes=eyes_of(config, model, rows, steps),
+        validation=validation,
+        callbacks=[
+            *guards_of(config, model, rates, steps),
+            *trials_of(config, collator, batches, known),
+            *callbacks,
+        ],
     )
-    if config.data.packing:
-        trainer.add_callback(PackingTrial())
     if options.rehearsal:
         trainer.add_callback(Rehearsal(trainer))
+    if config.eval is not None and asker is not None:
+        trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
     if trainer.is_world_process_zero():
-        console = Console(stderr=True)
-        _print_rows(console, config, rows)
-        console.print(tuning_table(reports, rates))
+        _announce(config, rows, known.lengths)
+        Console(stderr=True).print(tuning_table(reports, rates))
         clean(Path(options.output_dir))
     checkpoint = agreed(last_checkpoint(options.output_dir, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
-        console.print(f"resuming from {checkpoint}")
+        Console(stderr=True).print(f"resuming from {checkpoint}")
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    with told_in_one_line(options):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
     if trainer.is_world_process_zero():
         write_card_after_training(Path(options.output_dir))
     return Path(options.output_dir)
 
 
-def _print_rows(console: Console, config: RunConfig, rows: Mixture | RowStream) -> None:
-    """How many rows the run learns from, and how much of them each data set gives."""
+def _announce(config: RunConfig, rows: Mixture | RowStream, lengths: Lengths | None) -> None:
+    """Say what the run learns from, how much each data set gives, and how much of it does not fit."""
+    console = Console(stderr=True)
     total = "a stream of rows" if rows.total is None else f"{rows.total:,} rows"
     console.print(f"[bold]{config.stage}[/]: {total} -> {config.train.output_dir}")
     if isinstance(rows, Mixture) and len(rows.names) > 1:
         for (name, count, share), passes in zip(rows.report(), rows.passes, strict=True):
             console.print(f"  {name}: {count:,} rows, {share:.1%}, {passes:.2f} times over")
+    if lengths is not None:
+        console.print(length_line(lengths, rows.total, config.data.max_length))

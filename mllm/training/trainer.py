@@ -17,8 +17,12 @@ from torch.utils.data import DataLoader
 from mllm.data.sampler import MicroBatches
 from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import part_of
+from mllm.training.eyes import Eyes, peak_memory
 from mllm.training.saving import SavingTrainer
+from mllm.training.step_guards import declared_rates, group_fault
+from mllm.training.steps import StepLog
 from mllm.training.streams import StreamPosition
+from mllm.training.validation import Validation
 
 __all__ = ["MllmTrainer", "TrainingStoppedError"]
 
@@ -28,8 +32,11 @@ class MllmTrainer(SavingTrainer):
 
     Args:
         rates: learning rate of each part.
+        steps: where it notes what each step was made of.
+        eyes: what of that is logged.
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
         stream: keeps the position in a stream of rows, where the data set is one (`StreamBatches`).
+        validation: what `evaluate` measures.
         **kwargs: of `SavingTrainer`.
     """
 
@@ -37,18 +44,22 @@ class MllmTrainer(SavingTrainer):
         self,
         *,
         rates: Mapping[str, float],
+        steps: StepLog,
+        eyes: Eyes,
         batches: MicroBatches | None = None,
         stream: StreamPosition | None = None,
+        validation: Validation | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.rates = rates
+        self.steps, self.eyes = steps, eyes
+        self.add_callback(eyes)
         self.batches = batches
         self.stream = stream
         if stream is not None:
             self.add_callback(stream)  # for its state only
-        self.row_ids: list[str] = []
-        self.dropped_turns = 0
+        self.validation = validation
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -81,6 +92,8 @@ class MllmTrainer(SavingTrainer):
             source: Any = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, source)
             self.optimizer = cls(list(self._groups(source)), **kwargs)
+            if fault := group_fault(source, self.optimizer, declared_rates(source, self.rates)):
+                raise TrainingStoppedError(f"before step 1: {fault}; give every part a rate, and one group")
         return self.optimizer
 
     def _groups(self, model: Any) -> Iterator[dict[str, Any]]:
@@ -96,24 +109,35 @@ class MllmTrainer(SavingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's loss; stops the run where it is not a number.
-
-        Raises:
-            TrainingStoppedError: NaN or infinite loss; names the rows of the micro-batch.
-        """
-        self.row_ids = inputs.pop("row_ids", [])
-        self.dropped_turns += inputs.pop("dropped_turns", 0)
+        """The model's loss; it and the rows that it is of are noted for the guards."""
+        rows, counts = self.steps.take(inputs)
         if self.stream is not None:
             self.stream.note(inputs.pop("position"))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.steps.note(rows, counts, inputs.get("labels"), loss)
         for name, value in (outputs.get("losses") or {}).items():
             self.losses.setdefault(name, []).append(value.detach())
-        if not torch.isfinite(loss):
-            raise TrainingStoppedError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on rows "
-                f"{', '.join(self.row_ids)}; lower the learning rate, or train in bf16 or float32"
-            )
         return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-batches of a step; how long they let it wait is noted."""
+        self.steps.begin()
+        return super().get_batch_samples(self.steps.timed(epoch_iterator), num_batches, device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """By our formulas, in place of 6 a token and parameter."""
+        return round(self.eyes.flops_of(inputs.get("counts", [])))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure and log the validation; the Trainer keeps the best checkpoint and stops early by it."""
+        assert self.validation is not None
+        found = self.validation.measure(self._plain_model(), self.accelerator)
+        self.log({f"val/{name}": value for name, value in found.items()})
+        named = {f"eval_{name}": value for name, value in found.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, with the terms of the loss, and with the rate of each part beside the first group's."""
@@ -121,12 +145,20 @@ class MllmTrainer(SavingTrainer):
             for name, values in self.losses.items():
                 logs[f"loss/{name}"] = self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
             self.losses.clear()
+            logs |= self.eyes.report(self._add_up, self.args.world_size)
+            logs["memory/peak_gib"] = self._most(peak_memory())
         if "learning_rate" in logs and self.optimizer is not None:
             for group in (group for group in self.optimizer.param_groups if "part" in group):
                 logs[f"learning_rate/{group['part']}"] = group["lr"]
-        if self.dropped_turns:
-            logs["dropped_turns"] = self.dropped_turns
+        if self.steps.dropped_turns:
+            logs["dropped_turns"] = self.steps.dropped_turns
         super().log(logs, *args, **kwargs)
+
+    def _add_up(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), "sum")
+
+    def _most(self, value: float) -> float:
+        return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a checkpoint, with what every rank has read of a stream."""

@@ -1,0 +1,35 @@
+"""A computation aside from training: afterwards the run is as if it had never happened, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Put back random states, buffers, and which modules are in training mode.
+
+    Gradients are the caller's: whoever computes some drops them.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's means
+    gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
+        for module, training in modes.items():
+            module.training = training

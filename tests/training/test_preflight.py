@@ -1,0 +1,177 @@
+"""The preflight finds what would stop a run, all of it at once, and leaves an earlier run alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from runs import TUNINGS, make_world, run_config, write_rows
+from typer.testing import CliRunner
+
+from mllm import cli
+from mllm.config import RunConfig, SourceSection
+from mllm.data.check import check_rows
+from mllm.data.collator import Collator
+from mllm.training.build import build_processor, open_mixture
+from mllm.training.longest import LongestFirst
+from mllm.training.preflight import preflight, table
+from mllm.training.train import train
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def spoilt(folder: Path) -> Path:
+    """Rows with a picture that is cut off, one that is not there, and no answer; the rest is good."""
+    path = write_rows(folder, 12)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    picture = folder / "r0-0.png"
+    picture.write_bytes(picture.read_bytes()[:200])
+    (folder / "r3-0.png").unlink()
+    lines[5]["messages"] = lines[5]["messages"][:1]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def over(config: RunConfig, path: Path, **changes: Any) -> RunConfig:
+    data = {"path": [SourceSection(path=str(path))], "image_root": str(path.parent), **changes}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def test_every_bad_row_is_found_with_its_fault(world: Path, tmp_path: Path) -> None:
+    config = over(run_config(world, tmp_path / "run", TUNINGS["llm"]), spoilt(tmp_path / "rows"))
+    rows = open_mixture(config.data, 0)
+    collator = Collator(build_processor(config.model), 200)
+    found = check_rows(rows, collator, workers=2, keep=3, show=False)
+    assert found.rows == 12
+    assert [one["row"].rpartition("/")[2] for one in found.bad] == [
+        "rows.jsonl:1 (id r0)", "rows.jsonl:4 (id r3)", "rows.jsonl:6 (id r5)",
+    ]  # fmt: skip
+    assert all(one["fault"] for one in found.bad)
+    assert sum(found.faults.values()) == 3
+    good = [n for n in range(12) if n not in (0, 3, 5)]
+    length = {n: collator([rows[n]])["counts"][0].tokens for n in good}
+    assert [length[n] for n in found.longest] == sorted(length.values())[::-1][:3]
+    assert found.pictures == sum(collator([rows[n]])["counts"][0].views for n in good)
+    halves = [check_rows(rows, collator, rank=rank, ranks=2, show=False) for rank in range(2)]
+    assert [half.rows for half in halves] == [6, 6]
+    assert sum(half.pictures for half in halves) == found.pictures
+    assert sum(len(half.bad) for half in halves) == 3
+
+
+def test_a_row_that_is_drawn_often_is_looked_at_once(world: Path, tmp_path: Path) -> None:
+    few = write_rows(tmp_path / "few", 3)
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"])
+    sources = [
+        SourceSection(path=str(p), image_root=str(p.parent)) for p in (world / "rows" / "rows.jsonl", few)
+    ]
+    data = config.data.model_copy(update={"path": sources, "mixing": "weights"})
+    rows = open_mixture(data, 0)
+    assert rows.counts[1] > 3
+    found = check_rows(rows, Collator(build_processor(config.model)), show=False)
+    assert found.rows == min(rows.counts[0], 16) + 3
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_good_run_passes_and_an_earlier_one_stays(world: Path, tmp_path: Path, packing: bool) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["lora_all"], save_steps=1, max_steps=1)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
+    output = train(config)
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    report = preflight(config, show=False)
+    assert report.passed, report
+    assert [check.name for check in report.checks] == [
+        "data",
+        "model",
+        "longest batch",
+        "rehearsal and first batches",
+    ]
+    assert "16 rows" in report.checks[0].detail
+    if not packing:
+        assert "4 rows" in report.checks[2].detail
+    written = output / "preflight.json"
+    assert json.loads(written.read_text())["passed"] is True
+    written.unlink()
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert table(report).row_count == 4
+
+
+def test_faults_of_data_and_memory_are_told_together(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"])
+    rows = open_mixture(config.data, 0)
+    processor = build_processor(config.model)
+    short = [row for row in rows if len(row["messages"]) == 2]
+    limit = max(len(processor.encode(row["messages"]).input_ids) for row in short)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_length": limit})})
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+
+    monkeypatch.setattr(LongestFirst, "on_train_begin", full)  # the machine has no GPU to fill
+    report = preflight(config, show=False)
+    passed = {check.name: check.passed for check in report.checks}
+    assert passed == {
+        "data": True,
+        "model": True,
+        "longest batch": False,
+        "rehearsal and first batches": None,
+    }
+    assert "9.00 GiB were wanted" in report.checks[2].detail
+    assert "of rows over data.max_length" in report.checks[0].detail
+    assert not report.passed
+
+
+def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> None:
+    good = run_config(world, tmp_path / "good", TUNINGS["connector"])
+    bad = over(run_config(world, tmp_path / "bad", TUNINGS["connector"]), spoilt(tmp_path / "rows"))
+    for config, code in ((good, 0), (bad, 1)):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)))
+        result = CliRunner().invoke(cli.app, ["train", str(recipe), "--preflight", "--json"])
+        assert result.exit_code == code, result.output
+        found = json.loads(result.stdout)
+        assert found["passed"] is (code == 0)
+        assert len(found["data"]["bad"]) == 3 * code
+        assert [check["passed"] for check in found["checks"]] == (
+            [False, None, None, None] if code else [True] * 4
+        )
+        assert not (Path(config.train.output_dir) / "mllm_manifest.json").exists()
+        assert not (Path(config.train.output_dir) / "preflight").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_under_deepspeed(world: Path, tmp_path: Path) -> None:
+    config = run_config(
+        world, tmp_path / "run", TUNINGS["llm"], deepspeed=str(REPOSITORY / "ds_configs" / "zero3.json")
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config.model_dump(exclude_unset=True)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(REPOSITORY / "scripts" / "train.py"), str(recipe), "--preflight"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in ("preflight.json", "preflight.rank1.json"):
+        report = json.loads((tmp_path / "run" / name).read_text())
+        assert report["passed"]
+        assert report["data"]["rows"] == 8
