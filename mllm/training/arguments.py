@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
+from mllm.training.launch import check_launch
 from mllm.training.resume import PLAIN
 
 
@@ -45,17 +45,7 @@ def check_options(options: TrainSection) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.report_to: {error}") from error
-    if options.deepspeed is None:
-        return
-    if not Path(options.deepspeed).is_file():
-        raise ConfigError(
-            f"train.deepspeed: there is no file {options.deepspeed!r}; samples are in ds_configs/"
-        )
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "train.deepspeed is set and deepspeed is not installed; run: pip install 'mllm[deepspeed]', "
-            "or train without it: train.deepspeed=null"
-        )
+    check_launch(options)
 
 
 def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments:
@@ -82,7 +72,7 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         lr_scheduler_type=options.lr_scheduler_type,
-        lr_scheduler_kwargs=options.lr_scheduler_kwargs,
+        lr_scheduler_kwargs=_schedule_settings(options),
         # Below 1 it is a share of all steps.
         warmup_steps=options.warmup_ratio if options.warmup_steps is None else options.warmup_steps,
         adam_beta1=options.adam_beta1,
@@ -103,12 +93,19 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         dataloader_num_workers=options.num_workers,
         dataloader_drop_last=config.on_pairs,  # every rank needs negatives, and equally many
         deepspeed=options.deepspeed,
+        fsdp="full_shard" if options.fsdp else None,
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
         remove_unused_columns=False,
         ignore_data_skip=config.data.streaming,  # a stream is taken up at its position instead
         use_cpu=not torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start one for each: torchrun "
+            f"--nproc-per-node {arguments.n_gpu} scripts/train.py RECIPE, or show one: CUDA_VISIBLE_DEVICES=0"
+        )
     batch = arguments.train_batch_size * arguments.world_size
     if config.on_pairs and not 2 <= batch <= (batch if rows is None else rows):
         raise ConfigError(
@@ -116,6 +113,14 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
             "give a size from 2 up, for the negatives, to that"
         )
     return arguments
+
+
+def _schedule_settings(options: TrainSection) -> dict[str, Any]:
+    """`min_lr` as a share of the rate: the schedule would look the rate up where ZeRO hides it."""
+    settings = dict(options.lr_scheduler_kwargs)
+    if settings.get("min_lr") is not None:
+        settings["min_lr_rate"] = settings.pop("min_lr") / options.learning_rate
+    return settings
 
 
 def run_record(

@@ -20,14 +20,17 @@ from mllm.training.arguments import check_options, run_record, training_argument
 from mllm.training.batches import PackingTrial, micro_batches
 from mllm.training.build import build, open_mixture
 from mllm.training.guards import MetricsLog, QuietProgress, TrainabilityGuard
+from mllm.training.launch import forgotten_afterwards
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
+from mllm.training.sharded import fsdp_settings
 from mllm.training.snapshots import clean
 from mllm.training.speed import speed_up
 from mllm.training.streams import open_stream, stream_batches, take_up
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
+from mllm.training.watchdog import Progress, Watchdog
 
 
 def train(
@@ -46,8 +49,13 @@ def train(
         The checkpoint directory (the run's `output_dir`).
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
+    check_options(config.train)
+    with forgotten_afterwards():
+        return _train(config, callbacks)
+
+
+def _train(config: RunConfig, callbacks: Sequence[TrainerCallback]) -> Path:
     options = config.train
-    check_options(options)
     torch.manual_seed(options.seed)  # the connector's first weights
     streaming = config.data.streaming
     rows = (open_stream if streaming else open_mixture)(config.data, options.seed)
@@ -75,6 +83,10 @@ def train(
     else:
         batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
+    if options.fsdp:
+        compute = torch.bfloat16 if options.bf16 else torch.float32
+        arguments.fsdp_plugin_args |= fsdp_settings(model, compute)
+    progress = Progress()
     trainer = MllmTrainer(
         model=model,
         args=arguments,
@@ -85,12 +97,16 @@ def train(
         processor=processor,
         rates=rates,
         record=record,
+        progress=progress,
         callbacks=[TrainabilityGuard(), MetricsLog(Path(options.output_dir)), *callbacks],
     )
     if config.data.packing:
         trainer.add_callback(PackingTrial())
     if options.rehearsal:
         trainer.add_callback(Rehearsal(trainer))
+    place, ranks = Path(options.output_dir), (arguments.process_index, arguments.world_size)
+    watchdog = Watchdog(progress, place, options.watchdog_seconds, *ranks)
+    trainer.add_callback(watchdog)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
@@ -104,7 +120,10 @@ def train(
         console.print(f"resuming from {checkpoint}")
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        watchdog.close()
     trainer.save_model()
     return Path(options.output_dir)
 

@@ -7,6 +7,7 @@ supervised tokens of the *global* batch (`num_items_in_batch`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,9 @@ from mllm.data.sampler import MicroBatches
 from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import part_of
 from mllm.training.saving import SavingTrainer
+from mllm.training.sharded import shard_on_cpu
 from mllm.training.streams import StreamPosition
+from mllm.training.watchdog import Progress
 
 __all__ = ["MllmTrainer", "TrainingStoppedError"]
 
@@ -30,6 +33,7 @@ class MllmTrainer(SavingTrainer):
         rates: learning rate of each part.
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
         stream: keeps the position in a stream of rows, where the data set is one (`StreamBatches`).
+        progress: told what the trainer is about to do, for a watchdog.
         **kwargs: of `SavingTrainer`.
     """
 
@@ -39,6 +43,7 @@ class MllmTrainer(SavingTrainer):
         rates: Mapping[str, float],
         batches: MicroBatches | None = None,
         stream: StreamPosition | None = None,
+        progress: Progress | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -47,9 +52,16 @@ class MllmTrainer(SavingTrainer):
         self.stream = stream
         if stream is not None:
             self.add_callback(stream)  # for its state only
+        self.progress = progress or Progress()
         self.row_ids: list[str] = []
         self.dropped_turns = 0
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, which on CPUs too shards what it was told to shard."""
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's own, or one over `batches` or over a stream's batches."""
@@ -74,6 +86,33 @@ class MllmTrainer(SavingTrainer):
             put_on_device=True,
             dispatch_batches=False,  # else rank 0 would read the stream for all
         )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """The rows of a step, and how many supervised tokens they have on all ranks together."""
+        self.progress.at("data", step=self.state.global_step + 1, micro_step=0, rows=(), images=0)
+        return super().get_batch_samples(self.progress.fetched(epoch_iterator), num_batches, device)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward pass of a micro-step; under DeepSpeed also the optimiser's step.
+
+        Raises:
+            TrainingStoppedError: DeepSpeed found a gradient that is not finite. In float32 it would leave out
+                the step without a word, in bf16 take it.
+        """
+        self.progress.begin(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.progress.at("optimizer")
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients and not self.args.fp16:
+            engine: Any = self.model_wrapped
+            norm = engine.get_global_grad_norm()
+            if norm is not None and not math.isfinite(norm):
+                raise TrainingStoppedError(
+                    f"step {self.state.global_step + 1}: a gradient is not finite; lower the learning rate, "
+                    "or train in bf16 or float32"
+                )
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser with one group for each part and for decayed or undecayed parameters."""
@@ -106,6 +145,8 @@ class MllmTrainer(SavingTrainer):
         if self.stream is not None:
             self.stream.note(inputs.pop("position"))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.progress.position.phase == "forward":  # and not in an evaluation
+            self.progress.at("backward")
         for name, value in (outputs.get("losses") or {}).items():
             self.losses.setdefault(name, []).append(value.detach())
         if not torch.isfinite(loss):
