@@ -93,7 +93,7 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         dataloader_num_workers=options.num_workers,
         dataloader_drop_last=config.on_pairs,  # every rank needs negatives, and equally many
         deepspeed=options.deepspeed,
-        fsdp="full_shard" if options.fsdp else None,
+        fsdp=options.fsdp or None,  # type: ignore[arg-type]  # the annotation is of an older form
         fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
