@@ -354,6 +354,10 @@ class TrainSection(Section):
     seed: int = 42
     num_workers: int = Field(0, ge=0)
     deepspeed: str | None = Field(None, description="a file of ds_configs/")
+    fsdp: bool = Field(False, description="weights, gradients and optimiser over ranks by torch's FSDP2")
+    watchdog_seconds: float = Field(
+        600, ge=0, description="a micro-step without progress for so long ends the run; 0: never"
+    )
     report_to: list[str] = Field(default_factory=list, description="tensorboard, wandb, ...")
     rehearsal: bool = Field(
         True, description="before step 1: write a checkpoint, read it back, compare, count the disk"
@@ -371,6 +375,8 @@ class TrainSection(Section):
                 "compile and gradient_checkpointing 'selective' are both given; the compiler chooses what to "
                 "compute again by itself: remove one"
             )
+        if self.deepspeed and self.fsdp:
+            raise ValueError("deepspeed and fsdp are both given; choose one")
         if self.save_total_limit and not self.save_steps:
             raise ValueError(
                 "save_total_limit is given, but nothing is saved before the end; give save_steps"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
 from mllm.revision import code_state
+from mllm.training.launch import check_launch
 from mllm.training.resume import PLAIN
 
 
@@ -48,17 +48,7 @@ def check_options(options: TrainSection) -> None:
         raise ConfigError(f"train.report_to: {error}") from error
     if options.bf16 and torch.cuda.is_available():
         check_bf16(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
-    if options.deepspeed is None:
-        return
-    if not Path(options.deepspeed).is_file():
-        raise ConfigError(
-            f"train.deepspeed: there is no file {options.deepspeed!r}; samples are in ds_configs/"
-        )
-    if find_spec("deepspeed") is None:
-        raise ConfigError(
-            "train.deepspeed is set and deepspeed is not installed; run: pip install 'mllm[deepspeed]', "
-            "or train without it: train.deepspeed=null"
-        )
+    check_launch(options)
 
 
 def check_bf16(device: str, capability: tuple[int, int]) -> None:
@@ -78,12 +68,10 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
             batch that the ranks cannot divide.
     """
     options, val = config.train, config.val
-    optim = options.optim
-    chosen: dict[str, Any] = {} if optim is None else {"optim": optim}
-    if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
-        chosen["optim"] = (
-            "paged_adamw_32bit"  # arXiv 2305.14314, section 3: long rows would not fit beside its states
-        )
+    chosen: dict[str, Any] = {} if options.optim is None else {"optim": options.optim}
+    if not chosen and config.tune.language_model == "qlora" and torch.cuda.is_available():
+        # arXiv 2305.14314, section 3: its states make room for a long row.
+        chosen["optim"] = "paged_adamw_32bit"
     # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
     ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -94,7 +82,7 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         lr_scheduler_type=options.lr_scheduler_type,
-        lr_scheduler_kwargs=options.lr_scheduler_kwargs,
+        lr_scheduler_kwargs=_schedule_settings(options),
         # Below 1 it is a share of all steps.
         warmup_steps=options.warmup_ratio if options.warmup_steps is None else options.warmup_steps,
         adam_beta1=options.adam_beta1,
@@ -122,12 +110,19 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         dataloader_num_workers=options.num_workers,
         dataloader_drop_last=config.on_pairs,  # every rank needs negatives, and equally many
         deepspeed=options.deepspeed,
+        fsdp=options.fsdp or None,  # type: ignore[arg-type]  # the annotation is of an older form
+        fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
         report_to=options.report_to,
         remove_unused_columns=False,
         ignore_data_skip=config.data.streaming,  # a stream is taken up at its position instead
         use_cpu=not torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start one for each: torchrun "
+            f"--nproc-per-node {arguments.n_gpu} scripts/train.py RECIPE, or show one: CUDA_VISIBLE_DEVICES=0"
+        )
     batch = arguments.train_batch_size * arguments.world_size
     if config.on_pairs and not 2 <= batch <= (batch if rows is None else rows):
         raise ConfigError(
@@ -135,6 +130,14 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
             "give a size from 2 up, for the negatives, to that"
         )
     return arguments
+
+
+def _schedule_settings(options: TrainSection) -> dict[str, Any]:
+    """`min_lr` as a share of the rate: the schedule would look the rate up where ZeRO hides it."""
+    settings = dict(options.lr_scheduler_kwargs)
+    if settings.get("min_lr") is not None:
+        settings["min_lr_rate"] = settings.pop("min_lr") / options.learning_rate
+    return settings
 
 
 def run_record(

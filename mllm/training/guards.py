@@ -12,56 +12,78 @@ from transformers import TrainerCallback
 from mllm.data.files import write_atomic
 from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import checksum, part_of
+from mllm.training.sharded import GradientWatch, local_share, on_any_rank
 
 # Steps that a part may go without a gradient: the first rows may all be text, which no connector sees.
 PATIENCE = 10
 
 
 class TrainabilityGuard(TrainerCallback):
-    """What is declared trainable gets gradients, what is declared frozen stays as it is, bit for bit."""
+    """What is declared trainable gets gradients, what is declared frozen stays as it is, bit for bit.
+
+    With many ranks all of them see what one of them has found, so that they stop together.
+    """
 
     def __init__(self) -> None:
         self.frozen: dict[str, torch.Tensor] = {}
         self.steps = 0
-        self.silent: set[str] = set()
+        self.parts: set[str] = set()
+        self.heard: set[str] = set()  # parts with a gradient other than zero on this rank
+        self.watch: GradientWatch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note checksums of the frozen tensors, and the parts that must get gradients."""
-        if args.deepspeed:
-            return  # it keeps gradients to itself, and with ZeRO-3 the model holds empty shells
-        self.frozen = {name: checksum(p) for name, p in model.named_parameters() if not p.requires_grad}
-        self.silent = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
-        self.steps = 0
+        named = list(model.named_parameters())
+        self.frozen = {name: checksum(local_share(p)) for name, p in named if not p.requires_grad}
+        trainable = [(name, p) for name, p in named if p.requires_grad]
+        self.parts, self.heard, self.steps = {part_of(name) for name, _ in trainable}, set(), 0
+        # DeepSpeed has stepped and cleared its gradients before any callback is called.
+        self.watch = GradientWatch(trainable) if args.deepspeed else None
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Check the gradients of the first steps."""
-        if args.deepspeed:
-            return  # it has already stepped here
         trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        without = [name for name, p in trainable if p.grad is None] if self.steps == 0 else []
-        if without:
-            raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
         self.steps += 1
-        if self.silent:
-            self.silent -= {part_of(name) for name, p in trainable if p.grad.abs().max() > 0}
-            if self.steps >= PATIENCE:
-                self._refuse_silence()
+        if self.steps == 1 and (without := on_any_rank(self._without(trainable))):
+            raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
+        if self.steps <= PATIENCE:
+            self.heard |= {part_of(name) for name in self._felt(trainable)}
+        if self.steps == PATIENCE:
+            self._refuse_silence()
+
+    def _without(self, trainable: list[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.watch is not None:
+            return self.watch.without
+        return {name for name, p in trainable if p.grad is None}
+
+    def _felt(self, trainable: list[tuple[str, torch.Tensor]]) -> set[str]:
+        """Parameters with a gradient other than zero, on this rank."""
+        if self.watch is not None:
+            return self.watch.take()
+        unheard = [(name, p.grad) for name, p in trainable if part_of(name) not in self.heard]
+        return {name for name, gradient in unheard if gradient is not None and local_share(gradient).any()}
 
     def _refuse_silence(self) -> None:
-        if self.silent:
+        if self.watch is not None:
+            self.watch.close()
+        if silent := sorted(self.parts - set(on_any_rank(self.heard))):
             raise TrainingStoppedError(
-                f"{min(self.silent)} is declared trainable and all its gradients were zero for "
+                f"{silent[0]} is declared trainable and all its gradients were zero for "
                 f"{self.steps} steps; freeze it, or check that the rows have images"
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Compare the frozen tensors with what they were."""
-        if self.steps > 1:  # in the first, gates that start closed let nothing else learn
+        if 1 < self.steps < PATIENCE:  # in the first, gates that start closed let nothing else learn
             self._refuse_silence()
         now = dict(model.named_parameters())
-        moved = [name for name, before in self.frozen.items() if not torch.equal(checksum(now[name]), before)]
+        moved = on_any_rank(
+            name
+            for name, before in self.frozen.items()
+            if not torch.equal(checksum(local_share(now[name])), before)
+        )
         if moved:
             raise TrainingStoppedError(f"{moved[0]} is declared frozen and has changed")
 

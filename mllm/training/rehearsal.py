@@ -49,8 +49,13 @@ def rehearse(trainer: SavingTrainer) -> None:
         TrainingStoppedError: it is not what was saved, or the disk cannot hold what the run will write.
     """
     args = trainer.args
+    optimizer: Any = trainer.optimizer
+    fresh = not optimizer.state
     with _generators_kept():
         folder = trainer.write_aside()
+        if trainer.is_fsdp_enabled and fresh:
+            # To have something to save, torch took a step of zeros; Adam would count it.
+            optimizer.state.clear()
         try:
             problem = [None if not args.should_save else _problem(trainer, folder)]
             broadcast_object_list(problem)  # so that every rank stops, and none waits for another

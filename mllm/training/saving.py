@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import set_seed
+from accelerate.utils import load_fsdp_model, set_seed
 from safetensors import SafetensorError
 from transformers import ProcessorMixin, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
@@ -19,6 +19,7 @@ from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import restore, save
 from mllm.model.parted import PartedModel
 from mllm.model.probe import probe
+from mllm.training.sharded import full_state, own_storage
 from mllm.training.snapshots import (
     PREFIX,
     STAGING,
@@ -120,8 +121,13 @@ class SavingTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
         self.probe = probe(self._plain_model())
+        if self.is_fsdp_enabled and self.args.bf16:
+            self.probe["dtype"] = "bfloat16"  # of the arithmetic; the weights are in float32
         with full_disk_stops(Path(str(self.args.output_dir)), self.checkpoint_bytes):
-            super().save_model(output_dir, _internal_call)
+            if self.is_fsdp_enabled:
+                self._save(output_dir, full_state(self._plain_model(), keep=self.args.should_save))
+            else:
+                super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # every rank calls, one writes
@@ -133,7 +139,7 @@ class SavingTrainer(Trainer):
             Path(output_dir or str(self.args.output_dir)),
             record=record,
             # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
-            state_dict=state_dict,
+            state_dict=own_storage(state_dict) if state_dict else None,
             probed=self.probe,
         )
 
@@ -159,6 +165,10 @@ class SavingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put a checkpoint's tensors into the model that is already built and tuned."""
         target: Any = self.model if model is None else model
+        if self.is_fsdp_enabled:  # by shares, as they were written
+            plugin = self.accelerator.state.fsdp_plugin
+            load_fsdp_model(plugin, self.accelerator, target, resume_from_checkpoint)
+            return
         restore(target, Path(resume_from_checkpoint))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

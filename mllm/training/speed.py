@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers.integrations.liger import apply_liger_kernel
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from mllm.config import TrainSection
 from mllm.errors import ConfigError
@@ -38,6 +38,16 @@ def speed_up(model: PartedModel, options: TrainSection) -> None:
         model.vision_batch_size = options.vision_batch_size
     if options.compile:
         compile_layers(model)
+
+
+def packed_implementation(options: TrainSection) -> str:
+    """The attention for packs where a recipe names none: flash-attn's if it is installed and can be used.
+
+    It needs a GPU and half precision; there `packed` takes PyTorch's own variable-length attention.
+    """
+    half = options.bf16 or options.fp16
+    flash = half and torch.cuda.is_available() and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "packed"
 
 
 def compile_layers(model: PartedModel) -> None:

@@ -21,6 +21,7 @@ from mllm.data.files import write_atomic
 from mllm.errors import TrainingStoppedError
 from mllm.model.adapters import adapted_layer, is_adapter
 from mllm.model.checkpoint import part_of
+from mllm.training.sharded import local_share, on_any_rank
 from mllm.training.steps import MicroBatch, StepLog
 
 PATIENCE = 3  # steps that a fault may last which one step does not prove
@@ -105,11 +106,16 @@ class GradientGuard(TrainerCallback):
         """One norm over all gradients; which of them it is, is asked only when it is no number."""
         if args.deepspeed or args.fp16:  # it has already stepped; and the scaler skips such steps
             return
-        gradients = dict(trained_gradients(model))
+        gradients = {name: local_share(gradient) for name, gradient in trained_gradients(model)}
         # An infinite gradient leaves clipping as a NaN among zeros, so the first one does not tell.
-        if not gradients or torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+        norm = nn.utils.get_total_norm(gradients.values())
+        whole = bool(torch.isfinite(norm))
+        found = [] if whole else [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
+        if args.fsdp_plugin_args:  # a rank has a share of each, and all must stop together
+            found, whole = on_any_rank(found), not on_any_rank([] if whole else ["a share"])
+        if whole:
             return
-        bad = next((name for name, grad in gradients.items() if not torch.isfinite(grad).all()), "their sum")
+        bad = found[0] if found else "their sum"
         fix = "lower the learning rate, or train in bf16 or float32"
         stop(self.steps, args, state, f"a gradient is not finite ({bad})", fix)
 
@@ -129,7 +135,8 @@ class AdapterGuard(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note the adapted layers that must get gradients."""
         learning = (name for name, p in model.named_parameters() if p.requires_grad and is_adapter(name))
-        self.silent = set() if args.deepspeed else {adapted_layer(name) for name in learning}
+        sharded = args.deepspeed or args.fsdp_plugin_args  # `TrainabilityGuard` sees the whole part there
+        self.silent = set() if sharded else {adapted_layer(name) for name in learning}
         self.looked.clear()
 
     def on_pre_optimizer_step(

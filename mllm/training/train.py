@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,19 @@ from mllm.training.callbacks import eyes_of, guards_of, known_lengths, length_li
 from mllm.training.eyes import QuietProgress
 from mllm.training.failures import told_in_one_line
 from mllm.training.feature_cache import cached_features
+from mllm.training.launch import forgotten_afterwards
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
+from mllm.training.sharded import fsdp_settings
 from mllm.training.snapshots import clean
-from mllm.training.speed import speed_up
+from mllm.training.speed import packed_implementation, speed_up
 from mllm.training.steps import StepLog
 from mllm.training.streams import open_stream, stream_batches, take_up
 from mllm.training.trainer import MllmTrainer
-from mllm.training.tuning import apply_tuning, part_rates, tuning_table, upcast_trained
+from mllm.training.tuning import PartReport, apply_tuning, part_rates, tuning_table, upcast_trained
 from mllm.training.validation import open_validation
+from mllm.training.watchdog import Progress, Watchdog
 
 
 def train(
@@ -55,43 +59,39 @@ def train(
         The checkpoint directory (the run's `output_dir`).
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-    options = config.train
-    check_options(options)
+    check_options(config.train)
     if config.eval is not None and asker is None:
         raise ConfigError(
             "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"
         )
+    with forgotten_afterwards():
+        return _train(config, callbacks, asker)
+
+
+def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks | None) -> Path:
+    options, folder = config.train, Path(config.train.output_dir)
     torch.manual_seed(options.seed)  # the connector's first weights
-    streaming = config.data.streaming
-    rows = (open_stream if streaming else open_mixture)(config.data, options.seed)
+    rows = (open_stream if config.data.streaming else open_mixture)(config.data, options.seed)
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.
-    model: Any
-    processor: Any
-    model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
-    collator = make_collator(config, processor)
-    reports = apply_tuning(model, config.tune)
-    if config.data.packing:
-        check_packing(model)
-        if config.model.attn_implementation is None:
-            model.language_model.set_attn_implementation("packed")
-    if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
-        upcast_trained(model, config.tune)
-    speed_up(model, options)
+    model, processor, reports = _tuned(config)
     rates = part_rates(reports, options)
+    collator = make_collator(config, processor)
     arguments = training_arguments(config, rows.total)
-    batches = position = None
+    if options.fsdp:
+        arguments.fsdp_plugin_args |= fsdp_settings(model, torch.bfloat16 if options.bf16 else torch.float32)
     dataset: Any = rows
+    batches = position = None
     if isinstance(rows, RowStream):
         dataset, position = stream_batches(rows, collator, arguments)
     else:
         batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
+    known = known_lengths(batches, rows, collator)
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
-    known = known_lengths(batches, rows, collator)
-    steps = StepLog()
+    steps, progress = StepLog(), Progress()
     validation = open_validation(config, collator)
     trainer = MllmTrainer(
         model=model,
@@ -105,6 +105,7 @@ def train(
         rates=rates,
         record=record,
         steps=steps,
+        progress=progress,
         eyes=eyes_of(config, model, rows, steps),
         validation=validation,
         callbacks=[
@@ -117,24 +118,45 @@ def train(
         trainer.add_callback(Rehearsal(trainer))
     if config.eval is not None and asker is not None:
         trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
+    watchdog = Watchdog(
+        progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
+    )
+    trainer.add_callback(watchdog)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())
     if trainer.is_world_process_zero():
         _announce(config, rows, known.lengths)
         Console(stderr=True).print(tuning_table(reports, rates))
-        clean(Path(options.output_dir))
-    checkpoint = agreed(last_checkpoint(options.output_dir, options.resume, record))
+        clean(folder)
+    checkpoint = agreed(last_checkpoint(folder, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
         Console(stderr=True).print(f"resuming from {checkpoint}")
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
-    with told_in_one_line(options):
+    with closing(watchdog), told_in_one_line(options):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     if trainer.is_world_process_zero():
-        write_card_after_training(Path(options.output_dir))
-    return Path(options.output_dir)
+        write_card_after_training(folder)
+    return folder
+
+
+def _tuned(config: RunConfig) -> tuple[Any, Any, list[PartReport]]:
+    """The model as it will be trained, its processor, and what of it learns."""
+    options = config.train
+    model: Any
+    processor: Any
+    model, processor = build_pretraining(config) if config.on_pairs else build(config.model, config.tune)
+    reports = apply_tuning(model, config.tune)
+    if config.data.packing:
+        check_packing(model)
+        if config.model.attn_implementation is None:
+            model.language_model.set_attn_implementation(packed_implementation(options))
+    if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
+        upcast_trained(model, config.tune)
+    speed_up(model, options)
+    return model, processor, reports
 
 
 def _announce(config: RunConfig, rows: Mixture | RowStream, lengths: Lengths | None) -> None:

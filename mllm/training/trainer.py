@@ -7,6 +7,7 @@ supervised tokens of the *global* batch (`num_items_in_batch`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,10 +20,12 @@ from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import part_of
 from mllm.training.eyes import Eyes, peak_memory
 from mllm.training.saving import SavingTrainer
+from mllm.training.sharded import shard_on_cpu
 from mllm.training.step_guards import declared_rates, group_fault
 from mllm.training.steps import StepLog
 from mllm.training.streams import StreamPosition
 from mllm.training.validation import Validation
+from mllm.training.watchdog import Progress
 
 __all__ = ["MllmTrainer", "TrainingStoppedError"]
 
@@ -37,6 +40,7 @@ class MllmTrainer(SavingTrainer):
         batches: which rows each micro-batch of this rank has; None leaves it to the Trainer.
         stream: keeps the position in a stream of rows, where the data set is one (`StreamBatches`).
         validation: what `evaluate` measures.
+        progress: told what the trainer is about to do, for a watchdog.
         **kwargs: of `SavingTrainer`.
     """
 
@@ -49,6 +53,7 @@ class MllmTrainer(SavingTrainer):
         batches: MicroBatches | None = None,
         stream: StreamPosition | None = None,
         validation: Validation | None = None,
+        progress: Progress | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -60,7 +65,14 @@ class MllmTrainer(SavingTrainer):
         if stream is not None:
             self.add_callback(stream)  # for its state only
         self.validation = validation
+        self.progress = progress or Progress()
         self.losses: dict[str, list[torch.Tensor]] = {}  # the terms of the loss since the last log
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, which on CPUs too shards what it was told to shard."""
+        super().create_accelerator_and_postprocess()
+        if shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args):
+            self.is_fsdp_enabled = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The Trainer's own, or one over `batches` or over a stream's batches."""
@@ -85,6 +97,35 @@ class MllmTrainer(SavingTrainer):
             put_on_device=True,
             dispatch_batches=False,  # else rank 0 would read the stream for all
         )
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """The rows of a step, and how many supervised tokens they have on all ranks together."""
+        self.steps.begin()
+        self.progress.at("data", step=self.state.global_step + 1, micro_step=0, rows=(), images=0)
+        batches = self.progress.fetched(self.steps.timed(epoch_iterator))
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward pass of a micro-step; under DeepSpeed also the optimiser's step.
+
+        Raises:
+            TrainingStoppedError: DeepSpeed found a gradient that is not finite. In float32 it would leave out
+                the step without a word, in bf16 take it.
+        """
+        self.progress.begin(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.progress.at("optimizer")
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients and not self.args.fp16:
+            engine: Any = self.model_wrapped
+            norm = engine.get_global_grad_norm()
+            if norm is not None and not math.isfinite(norm):
+                raise TrainingStoppedError(
+                    f"step {self.state.global_step + 1}: a gradient is not finite; lower the learning rate, "
+                    "or train in bf16 or float32"
+                )
+        return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """An optimiser with one group for each part and for decayed or undecayed parameters."""
@@ -115,16 +156,11 @@ class MllmTrainer(SavingTrainer):
             self.stream.note(inputs.pop("position"))
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.steps.note(rows, counts, inputs.get("labels"), loss)
+        if self.progress.position.phase == "forward":  # and not in an evaluation
+            self.progress.at("backward")
         for name, value in (outputs.get("losses") or {}).items():
             self.losses.setdefault(name, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """The micro-batches of a step; how long they let it wait is noted."""
-        self.steps.begin()
-        return super().get_batch_samples(self.steps.timed(epoch_iterator), num_batches, device)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """By our formulas, in place of 6 a token and parameter."""

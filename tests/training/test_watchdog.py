@@ -1,0 +1,99 @@
+"""A run that hangs says which rank stands where, and ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+from launched import WORKER, command_of, start
+from runs import TUNINGS, make_world, run_config
+
+from mllm.training.watchdog import Position, Progress, Watchdog, explain
+
+
+def test_it_names_those_that_are_behind() -> None:
+    waiting = Position(7, 2, "backward", ("r1", "r2"), 3)
+    text = explain({0: waiting, 1: Position(7, 1, "forward", ("r3",), 0), 2: waiting}, 4, 600)
+    assert "behind: rank 1 at step 7, micro-step 1, forward (0 images; rows r3)" in text
+    assert "waiting: ranks 0, 2 at step 7, micro-step 2, backward" in text
+    assert "no word from rank 3" in text
+    assert "\n" not in text
+
+
+def test_ranks_at_one_place_are_told_apart_by_their_rows() -> None:
+    text = explain({0: Position(1, 1, "forward", ("a",), 2), 1: Position(1, 1, "forward", ("b",), 0)}, 2, 5)
+    assert (
+        "all stand at the same place: rank 0 at step 1, micro-step 1, forward (2 images; rows a); rank 1"
+        in text
+    )
+
+
+def test_a_rank_between_steps_is_ahead_of_those_within_and_never_late(tmp_path: Path) -> None:
+    progress = Progress()
+    watchdog = Watchdog(progress, tmp_path, 600, 0, 1)
+    progress.at("optimizer", step=3, micro_step=1)
+    before = progress.position
+    progress.at(None)
+    assert progress.position.order > before.order
+    progress.since = time.monotonic() - 601
+    assert not watchdog.late
+    progress.at("data")
+    assert not watchdog.late
+    progress.since = time.monotonic() - 601
+    assert watchdog.late
+
+
+def test_reading_and_waiting_are_phases_of_their_own() -> None:
+    progress, phases = Progress(), []
+
+    def batches() -> list[int]:
+        for index in range(2):
+            phases.append(progress.position.phase)
+            yield index
+
+    for _ in progress.fetched(batches()):
+        phases.append(progress.position.phase)
+    assert phases == ["data", "count"] * 2
+
+
+def test_reports_of_an_earlier_run_are_none_of_this_one(tmp_path: Path) -> None:
+    watchdog = Watchdog(Progress(), tmp_path, 0, 0, 2)
+    watchdog.folder.mkdir()
+    for rank in range(2):
+        (watchdog.folder / f"rank-{rank}.json").write_text("{}")
+
+    class State:
+        global_step = 0
+
+    watchdog.on_train_begin(None, State(), None)
+    assert watchdog._reports() == []
+    (watchdog.folder / "rank-1.json").unlink()
+    (watchdog.folder / "rank-1.json").write_text(json.dumps({"rank": 1}))
+    assert watchdog._reports() == [{"rank": 1}]
+
+
+@pytest.mark.slow
+def test_a_rank_that_stalls_ends_the_run(tmp_path: Path) -> None:
+    """Two real ranks, of which the second stops in front of step 2's forward pass."""
+    world = make_world(tmp_path / "world")
+    config = run_config(world, tmp_path / "run", TUNINGS["all"], watchdog_seconds=8, max_steps=4)
+    job = {"name": "stall", "config": config.model_dump(mode="json", exclude_unset=True), "fault": "stall"}
+    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    code, text = start(
+        [*command_of("torchrun"), str(WORKER), str(tmp_path / "jobs.json")], tmp_path / "log"
+    ).finish()
+    assert code not in (0, -9, -15), text[-3000:]
+    assert "error: no progress for 8 s; behind: rank 1 at step 2, micro-step 0, count" in text
+    # Torch's data parallelism waits for the others in front of the forward pass or within the backward.
+    assert re.search("waiting: rank 0 at step 2, micro-step 1, (for|back)ward", text)
+    folder = tmp_path / "run" / "watchdog"
+    reports = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [(report["step"], report["micro_step"]) for report in reports] == [(2, 1), (2, 0)]
+    assert [len(report["rows"]) for report in reports] == [4, 0]
+    assert reports[0]["images"] > 0
+    assert all("behind: rank 1" in report["verdict"] for report in reports)
+    assert "many_runs.py" in (folder / "rank-1.stack.txt").read_text()
+    assert "on_step_begin" in (folder / "rank-1.stack.txt").read_text()
