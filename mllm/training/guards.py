@@ -37,8 +37,12 @@ class TrainabilityGuard(TrainerCallback):
         self.frozen = {name: checksum(local_share(p)) for name, p in named if not p.requires_grad}
         trainable = [(name, p) for name, p in named if p.requires_grad]
         self.parts, self.heard, self.steps = {part_of(name) for name, _ in trainable}, set(), 0
-        # DeepSpeed has stepped and cleared its gradients before any callback is called.
-        self.watch = GradientWatch(trainable) if args.deepspeed else None
+        self.watch = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Watch the first steps' gradients: DeepSpeed steps and clears them before the next callback."""
+        if args.deepspeed and self.steps == 0:  # and not before: the longest rows are tried behind the start
+            self.watch = GradientWatch((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any

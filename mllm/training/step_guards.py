@@ -8,6 +8,7 @@ are in a file beside the metrics, since a global batch may have hundreds.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -104,7 +105,13 @@ class GradientGuard(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """One norm over all gradients; which of them it is, is asked only when it is no number."""
-        if args.deepspeed or args.fp16:  # it has already stepped; and the scaler skips such steps
+        if args.fp16:  # the scaler skips such steps
+            return
+        fix = "lower the learning rate, or train in bf16 or float32"
+        if args.deepspeed:
+            # It has stepped: in bf16 with what was no number; in float32 it left out the step, silently.
+            if self.steps.norm is not None and not math.isfinite(self.steps.norm):
+                stop(self.steps, args, state, "a gradient is not finite", fix)
             return
         gradients = {name: local_share(gradient) for name, gradient in trained_gradients(model)}
         # An infinite gradient leaves clipping as a NaN among zeros, so the first one does not tell.
@@ -116,7 +123,6 @@ class GradientGuard(TrainerCallback):
         if whole:
             return
         bad = found[0] if found else "their sum"
-        fix = "lower the learning rate, or train in bf16 or float32"
         stop(self.steps, args, state, f"a gradient is not finite ({bad})", fix)
 
 

@@ -41,18 +41,20 @@ class StepLog:
     Attributes:
         micro_batches: since the step began.
         waited: seconds that the step waited for the loader.
+        norm: of all gradients, where the engine has stepped before a guard can look at them (DeepSpeed).
         dropped_turns: in all batches since the run began.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     waited: float = 0.0
+    norm: float | None = None
     dropped_turns: int = 0
     began: float = 0.0
 
     def begin(self) -> None:
         """A step begins with fetching its rows."""
         self.micro_batches.clear()
-        self.waited, self.began = 0.0, time.perf_counter()
+        self.waited, self.norm, self.began = 0.0, None, time.perf_counter()
 
     def timed(self, loader: Iterator[Any]) -> Iterator[Any]:
         """The same batches; the time until each comes is noted."""

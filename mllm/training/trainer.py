@@ -7,7 +7,6 @@ supervised tokens of the *global* batch (`num_items_in_batch`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -108,23 +107,13 @@ class MllmTrainer(SavingTrainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward pass of a micro-step; under DeepSpeed also the optimiser's step.
-
-        Raises:
-            TrainingStoppedError: DeepSpeed found a gradient that is not finite. In float32 it would leave out
-                the step without a word, in bf16 take it.
-        """
+        """Forward and backward pass of a micro-step; under DeepSpeed also the optimiser's step."""
         self.progress.begin(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.progress.at("optimizer")
-        if self.is_deepspeed_enabled and self.accelerator.sync_gradients and not self.args.fp16:
+        if self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             engine: Any = self.model_wrapped
-            norm = engine.get_global_grad_norm()
-            if norm is not None and not math.isfinite(norm):
-                raise TrainingStoppedError(
-                    f"step {self.state.global_step + 1}: a gradient is not finite; lower the learning rate, "
-                    "or train in bf16 or float32"
-                )
+            self.steps.norm = engine.get_global_grad_norm()
         return loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

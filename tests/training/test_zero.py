@@ -297,10 +297,9 @@ def test_connectors_and_fusions_under_zero3(steps: Any, recipe: str) -> None:
     ],
 )
 def test_guards_under_deepspeed(steps: Any, name: str, message: str) -> None:
-    """What one rank alone has, or sees, stops all of them with the same words."""
-    errors = {rank["error"] for rank in steps[1][name]}
-    assert len(errors) == 1
-    assert re.match(message, errors.pop() or "")
+    """What one rank alone has, or sees, stops all of them."""
+    for rank in steps[1][name]:
+        assert re.match(message, rank["error"] or ""), rank["error"]
 
 
 def test_one_rank_keeps_the_records(steps: Any) -> None:
