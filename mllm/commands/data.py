@@ -205,7 +205,10 @@ def inspect(
         if section.streaming:
             shown = list(islice(open_stream(section, config.train.seed).once(), start, start + rows))
         else:
-            shown = open_rows(source.path, source.format or "auto", source.image_root)[start : start + rows]
+            data = open_rows(source.path, source.format or "auto", source.image_root)
+            if start >= len(data):
+                raise ConfigError(f"--start is {start}, but {source.path} has {len(data)} rows")
+            shown = data[start : start + rows]
         if not shown:
             raise ConfigError(f"--start is {start}, but {source.path} has not so many rows")
         for row in shown:

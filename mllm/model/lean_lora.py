@@ -22,16 +22,22 @@ class LeanLora(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
         name = self._only_plain_adapter()
-        if args or kwargs or name is None:
+        if args or kwargs or name is None or not self._one_precision(x, name):
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x)  # [..., out]
         first: Any = self.lora_A[name]  # [r, in]
         second: Any = self.lora_B[name].weight  # [out, r]
-        if not _autocast(x) and len({x.dtype, result.dtype, second.dtype}) > 1:
-            return super().forward(x)
         narrow = first(self.lora_dropout[name](x)) * self.scaling[name]  # [..., r]
         added = torch.addmm(result.flatten(0, -2), narrow.flatten(0, -2), second.T)  # [tokens, out]
         return added.view_as(result)
+
+    def _one_precision(self, x: Tensor, name: str) -> bool:
+        """Whether all factors have one dtype, or autocast gives them one."""
+        # Shapes without values are traced as the CPU would compute them.
+        if torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type):
+            return True
+        weights: Any = (self.base_layer.weight, self.lora_A[name].weight, self.lora_B[name].weight)
+        return all(weight.dtype == x.dtype for weight in weights)
 
     def _only_plain_adapter(self) -> str | None:
         """The adapter's name where there is one alone, of the plain kind, in use and not merged."""
@@ -40,11 +46,6 @@ class LeanLora(Linear):
         (name,) = self.active_adapters
         plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
         return name if plain else None
-
-
-def _autocast(x: Tensor) -> bool:
-    """Whether mixed precision casts for us; shapes without values have no such thing."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def lean_lora(target: nn.Module, adapter_name: str, **kwargs: Any) -> LeanLora | None:

@@ -101,7 +101,9 @@ def trace_forward(model: PartedModel, batch: Mapping[str, Tensor], autocast: tor
     saved = torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda held: held.tensor)
     inputs = {name: x.to("meta") if x.is_floating_point() else x for name, x in batch.items()}
     mode = _Functions(counter, autocast)
-    with _IntegersAreReal(), mode, torch.device("meta"), counter.watching(model), saved:
+    # Without effect on shapes; it is there for models that look whether it is on.
+    seen = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+    with _IntegersAreReal(), mode, torch.device("meta"), counter.watching(model), saved, seen:
         output = model(**inputs)
     if counter.vocab_size > 0:
         counter.trace.scores = output.logits.numel()
