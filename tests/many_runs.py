@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from mllm.config import RunConfig
 from mllm.errors import MllmError
+from mllm.training import saving
 from mllm.training.sharded import full_gradient, local_share
 from mllm.training.train import train
 
@@ -72,10 +73,22 @@ class Fault(TrainerCallback):
             frozen.view(-1).view(torch.int32)[0] ^= 1
 
 
+def on_a_slow_disk(publish: Any) -> Any:
+    """The same function, after some seconds."""
+
+    def slow(*args: Any) -> Any:
+        time.sleep(6)
+        return publish(*args)
+
+    return slow
+
+
 def run(job: dict[str, Any], folder: Path) -> None:
     config, spy, error = RunConfig.model_validate(job["config"]), Spy(job["fault"] == "look"), None
     callbacks: list[TrainerCallback] = [spy]
-    if job["fault"] not in (None, "look"):
+    if job["fault"] == "slow disk":
+        saving.publish = on_a_slow_disk(saving.publish)
+    elif job["fault"] not in (None, "look"):
         callbacks.append(Fault(job["fault"]))
     try:
         train(config, callbacks=callbacks)

@@ -83,8 +83,12 @@ class SavingTrainer(Trainer):
         """A new checkpoint is complete before an old one goes."""
         folder = self.write_aside()
         self._best()
-        if not self.args.should_save:
-            return
+        if self.args.should_save:
+            self._publish(folder)
+        # Else the others would wait for it within their next step, where a watchdog takes them for stuck.
+        self.accelerator.wait_for_everyone()
+
+    def _publish(self, folder: Path) -> None:
         output_dir = Path(str(self.args.output_dir))
         if self._launch is None:
             self._launch = next_launch(output_dir)

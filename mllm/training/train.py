@@ -93,6 +93,9 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
     steps, progress = StepLog(), Progress()
     validation = open_validation(config, collator)
+    watchdog = Watchdog(
+        progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
+    )
     trainer = MllmTrainer(
         model=model,
         args=arguments,
@@ -109,6 +112,7 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         eyes=eyes_of(config, model, rows, steps),
         validation=validation,
         callbacks=[
+            watchdog,  # first: what others do behind a step, as asking questions, may take its time
             *guards_of(config, model, rates, steps),
             *trials_of(config, collator, batches, known),
             *callbacks,
@@ -118,10 +122,6 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         trainer.add_callback(Rehearsal(trainer))
     if config.eval is not None and asker is not None:
         trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
-    watchdog = Watchdog(
-        progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
-    )
-    trainer.add_callback(watchdog)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(QuietProgress())

@@ -6,11 +6,14 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launched import WORKER, command_of, start
 from runs import TUNINGS, make_world, run_config
 
+from mllm.config import EvalSection, RunConfig
+from mllm.training.train import train
 from mllm.training.watchdog import Position, Progress, Watchdog, explain
 
 
@@ -75,13 +78,50 @@ def test_reports_of_an_earlier_run_are_none_of_this_one(tmp_path: Path) -> None:
     assert watchdog._reports() == [{"rank": 1}]
 
 
+class Slow:
+    """Takes longer to ask than a micro-step may take."""
+
+    def __init__(self, ends: list[int]) -> None:
+        self.ends, self.ended = ends, 0
+
+    def check(self, section: EvalSection) -> None:
+        pass
+
+    def ask(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        before = len(self.ends)
+        time.sleep(1)
+        self.ended += len(self.ends) - before
+        return {"accuracy": 1.0}
+
+
+def test_questions_behind_a_step_may_take_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self: ends.append(1))  # it would end this process
+    config = run_config(make_world(tmp_path), tmp_path / "run", TUNINGS["connector"], watchdog_seconds=0.3)
+    asked = {"questions": "q.jsonl", "image_root": ".", "every": 1}
+    slow = Slow(ends)
+    train(RunConfig.model_validate({**config.model_dump(exclude_unset=True), "eval": asked}), asker=slow)
+    assert slow.ended == 0
+
+
 @pytest.mark.slow
 def test_a_rank_that_stalls_ends_the_run(tmp_path: Path) -> None:
-    """Two real ranks, of which the second stops in front of step 2's forward pass."""
+    """Two real ranks, of which the second stops in front of step 2's forward pass.
+
+    A run before it goes through: its first rank writes a checkpoint for longer than a micro-step may take.
+    """
     world = make_world(tmp_path / "world")
     config = run_config(world, tmp_path / "run", TUNINGS["all"], watchdog_seconds=8, max_steps=4)
     job = {"name": "stall", "config": config.model_dump(mode="json", exclude_unset=True), "fault": "stall"}
-    (tmp_path / "jobs.json").write_text(json.dumps([job]))
+    saves = run_config(
+        world, tmp_path / "saves", TUNINGS["all"], watchdog_seconds=3, max_steps=3, save_steps=2
+    )
+    first = {
+        "name": "saves",
+        "config": saves.model_dump(mode="json", exclude_unset=True),
+        "fault": "slow disk",
+    }
+    (tmp_path / "jobs.json").write_text(json.dumps([first, job]))
     code, text = start(
         [*command_of("torchrun"), str(WORKER), str(tmp_path / "jobs.json")], tmp_path / "log"
     ).finish()
