@@ -64,11 +64,12 @@ def known_lengths(batches: MicroBatches | None, rows: Mixture | RowStream, colla
     Raises:
         DataError: a row of the sample that cannot be trained on.
     """
+    pairs = not isinstance(collator, Collator)
     if isinstance(rows, RowStream):
         first = list(islice(rows.once(), SAMPLE))
-        return Known(measure(first, collator), np.arange(len(first)), first)
+        return Known(None if pairs else measure(first, collator), np.arange(len(first)), first)
     numbers = sample_numbers(len(rows))
-    if not isinstance(collator, Collator):  # pairs
+    if pairs:
         return Known(None, numbers, rows)
     if batches is not None and batches.lengths.tokens.any():  # else a plan that needed none
         return Known(batches.lengths, np.arange(len(rows)), rows)

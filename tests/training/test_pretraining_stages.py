@@ -122,6 +122,17 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 # -- training ---------------------------------------------------------------------------------------
 
 
+def test_a_stream_of_pairs(world: Path, tmp_path: Path) -> None:
+    """Pairs have no lengths to measure; a row has one picture and one caption."""
+    lines = [{"caption": f"{CAPTIONS[i % 4]} {i % 6}", "image": str(world / f"{i}.png")} for i in range(14)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = recipe(world, tmp_path / "run", "pretrain_vision", vision_model(world), {})
+    made["data"] = {"path": f"hf:{tmp_path / 'train.jsonl'}", "streaming": True}
+    made["tune"] = LN_TRAINED
+    output = train(RunConfig.model_validate(made))
+    assert [line["step"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+
+
 def test_qformer_stage_trains_all_but_the_encoder(world: Path, stage0: Path) -> None:
     lines = [line for line in read_metrics(stage0 / "metrics.jsonl") if "loss" in line]
     assert len(lines) == 3
