@@ -31,7 +31,7 @@ class RowCount:
         tokens: image placeholders included, padding not.
         image_tokens: placeholders.
         labels: supervised tokens.
-        views: pictures that the vision encoder sees.
+        views: pictures, or with tiling their views, as pixels or as kept features.
     """
 
     dataset: str
@@ -90,7 +90,7 @@ class Collator:
         batch |= self.processor.instruction_inputs([text for row in encoded for text in row.instructions])
         batch["row_ids"] = [name_of(row) for row, _ in examples]
         batch["counts"] = [
-            self._count(row, example, len(of_row.get("pixel_values", ())))
+            self._count(row, example, len(of_row.get("pixel_values", of_row.get("image_features", ()))))
             for (row, example), of_row in zip(examples, pictures, strict=True)
         ]
         batch["dropped_turns"] = sum(row.dropped_turns for row in encoded)

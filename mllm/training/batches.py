@@ -56,7 +56,7 @@ def micro_batches(
         args.world_size,
         args.process_index,
         options.seed,
-        flops=row_flops(model, lengths) if data.packing else None,
+        flops=row_flops(model, lengths, not data.feature_cache) if data.packing else None,
         by_modality=data.grouping == "modality_length",
     )
     if data.packing and data.pack_length is not None:
@@ -81,16 +81,16 @@ def _check_pack_length(batches: MicroBatches, limit: int, epochs: int) -> None:
         )
 
 
-def row_flops(model: Any, lengths: Lengths) -> np.ndarray:
+def row_flops(model: Any, lengths: Lengths, encodes: bool = True) -> np.ndarray:
     """[N], FLOPs of each row in a step; a pack has the sum, since its rows do not attend to each other."""
-    flops = step_flops(model)
+    flops = step_flops(model, encodes)
     tokens = lengths.tokens.astype(float)
     linear = flops.token * tokens + flops.image * lengths.views + flops.label * lengths.labels
     return linear + flops.square * tokens**2
 
 
-def step_flops(model: Any) -> StepFlops:
-    """What a step of this model costs, from the sizes of its parts."""
+def step_flops(model: Any, encodes: bool = True) -> StepFlops:
+    """What a step of this model costs, from the sizes of its parts; the vision encoder's only if it runs."""
     config = model.config.text_config
     language_model, vision = model.language_model, model.vision_encoder
     head = model.get_output_embeddings().weight
@@ -103,7 +103,7 @@ def step_flops(model: Any) -> StepFlops:
     of_vision = linear_flops(seen * _count(vision), trains_vision, trains_vision)
     of_connector = linear_flops(model.config.num_image_tokens * _count(model.connector), True, True)
     return StepFlops(
-        image=of_vision + of_connector,
+        image=of_vision * encodes + of_connector,
         token=linear_flops(weights, True) + 2 * trained,
         square=3 * config.num_hidden_layers * attention_flops(1, 1, config.hidden_size, True),
         label=linear_flops(head.numel(), True, head.requires_grad),

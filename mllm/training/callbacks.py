@@ -31,7 +31,8 @@ def eyes_of(config: RunConfig, model: Any, rows: Mixture | RowStream, steps: Ste
     known = not config.on_pairs and not model.config.is_encoder_decoder
     half = config.train.bf16 or config.train.fp16
     peak = peak_tflops(torch.cuda.get_device_name()) if half and torch.cuda.is_available() else None
-    return Eyes(steps, rows.names, step_flops(model) if known else None, peak)
+    flops = step_flops(model, not config.data.feature_cache) if known else None
+    return Eyes(steps, rows.names, flops, peak)
 
 
 def guards_of(

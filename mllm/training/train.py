@@ -114,7 +114,7 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         callbacks=[
             watchdog,  # first: what others do behind a step, as asking questions, may take its time
             *guards_of(config, model, rates, steps),
-            *trials_of(config, collator, batches, known),
+            *trials_of(config, feeder, batches, known),
             *callbacks,
         ],
     )

@@ -61,6 +61,23 @@ class Calls(TrainerCallback):
         self.pictures += len(output[0]) * self.in_training
 
 
+class Trial(TrainerCallback):
+    """Pictures that the vision encoder sees between the building of the trainer and the end of the trials."""
+
+    def __init__(self) -> None:
+        self.pictures = 0
+        self.seen: list[int] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.vision_encoder.register_forward_hook(self._count)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.append(self.pictures)
+
+    def _count(self, module: Any, args: Any, output: Any) -> None:
+        self.pictures += len(output[0])
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
@@ -73,8 +90,12 @@ def cached(config: RunConfig, folder: Any, **data: Any) -> RunConfig:
     )
 
 
+def logged(output: Path, key: str) -> list[float]:
+    return [line[key] for line in read_metrics(output / "metrics.jsonl") if key in line]
+
+
 def losses(output: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line]
+    return logged(output, "loss")
 
 
 def blocks(folder: Path) -> list[Path]:
@@ -99,6 +120,20 @@ def test_the_losses_are_those_of_pixels(
     train(cached(kept, str(tmp_path / "cache"), packing=packing), callbacks=[rested])
     assert (saw.pictures > 0, rested.pictures) == (True, 0)
     assert losses(tmp_path / "kept") == losses(tmp_path / "plain")
+    shares, flops = (
+        [logged(tmp_path / name, key) for name in ("plain", "kept")]
+        for key in ("supervised/with_images", "total_flos")
+    )
+    assert shares[0] == shares[1]
+    assert 0 < sum(shares[0]) < 5
+    assert flops[0] > flops[1]  # the encoder's are not counted where it rests
+
+
+def test_the_longest_rows_are_tried_as_they_are_trained_on(world: Path, tmp_path: Path) -> None:
+    calls = Trial()
+    config = cached(run_config(world, tmp_path / "run", STAGE_1, max_steps=1), str(tmp_path / "cache"))
+    train(config, callbacks=[calls])
+    assert calls.seen == [0]
 
 
 def test_a_second_run_computes_nothing_and_what_changes_is_computed_again(
