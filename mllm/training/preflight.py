@@ -23,6 +23,7 @@ from mllm.config import RunConfig
 from mllm.data.check import DataCheck, check_rows
 from mllm.data.files import write_atomic
 from mllm.errors import DataError, MllmError
+from mllm.training.arguments import check_options
 from mllm.training.asking import Asks
 from mllm.training.batches import make_collator
 from mllm.training.build import build_processor, open_mixture
@@ -89,12 +90,21 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(config.train.output_dir)
     first, found, longest = _check_data(config, rank, ranks, show and rank == 0)
-    aside = config.train.model_copy(update={"output_dir": str(folder / "preflight"), "resume": False})
+    # Nothing of it is reported: a tracker would show a run that never was.
+    changes = {"output_dir": str(folder / "preflight"), "resume": False, "report_to": []}
+    aside = config.train.model_copy(update=changes)
     marks = Marks()
     callbacks: list[TrainerCallback] = [*([longest] if longest else []), marks]
-    data = config.data.model_copy(update={"longest_first": config.data.longest_first and longest is None})
+    cache = config.data.feature_cache
+    changes = {
+        "longest_first": config.data.longest_first and longest is None,
+        # What is computed of it stays for the run.
+        "feature_cache": str(folder / "feature_cache") if cache is True else cache,
+    }
+    data = config.data.model_copy(update=changes)
     error: MllmError | None = None
     try:
+        check_options(config.train)  # also what is left out below
         train(config.model_copy(update={"train": aside, "data": data}), callbacks=callbacks, asker=asker)
     except StoppedBeforeStepOneError:
         pass

@@ -107,6 +107,27 @@ def test_a_good_run_passes_and_an_earlier_one_stays(world: Path, tmp_path: Path,
     assert table(report).row_count == 4
 
 
+def test_features_stay_for_the_run_and_nothing_is_reported(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracker would show a run that never was."""
+    config = run_config(world, tmp_path / "run", TUNINGS["connector"], report_to=["tensorboard"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"feature_cache": True})})
+    seen = []
+
+    def watched(config: RunConfig, **options: Any) -> Path:
+        seen.append(config.train.report_to)
+        return train(config, **options)
+
+    monkeypatch.setattr("mllm.training.preflight.train", watched)
+    assert preflight(config, show=False).passed
+    assert seen == [[]]
+    assert len(list((tmp_path / "run" / "feature_cache").rglob("*.safetensors"))) == 1
+    unknown = config.train.model_copy(update={"report_to": ["nothing"]})
+    report = preflight(config.model_copy(update={"train": unknown}), show=False)
+    assert "train.report_to" in report.checks[1].detail
+
+
 def test_faults_of_data_and_memory_are_told_together(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
