@@ -152,7 +152,8 @@ def run_record(
         batches: of this rank, where we make them.
     """
     data = config.data
-    order = {"mixing": data.mixing, "grouping": data.grouping, "seed": config.train.seed}
+    caps = [source.max_rows for source in data.sources]
+    order = {"mixing": data.mixing, "grouping": data.grouping, "max_rows": caps, "seed": config.train.seed}
     return {
         "stage": config.stage,
         "tune": config.tune.model_dump(),

@@ -241,6 +241,21 @@ def test_what_would_silently_differ_is_refused(
     assert "\n" not in str(error.value)
 
 
+def test_a_cap_of_as_many_other_rows_is_refused(world: Path, tmp_path: Path) -> None:
+    """Ten rows that are drawn and the first ten are as many, and others."""
+
+    def capped(cap: Any) -> dict[str, Any]:
+        path = world / "rows" / "rows.jsonl"
+        return {"path": [{"path": str(path), "image_root": str(path.parent), "max_rows": cap}]}
+
+    options: dict[str, Any] = {"max_steps": 1, "save_steps": 1}
+    train(config(world, tmp_path / "run", CONNECTOR, capped(10), **options))
+    options["resume"] = "auto"
+    with pytest.raises(ConfigError, match=r"trained on other data"):
+        train(config(world, tmp_path / "run", CONNECTOR, capped("first:10"), **options))
+    train(config(world, tmp_path / "run", CONNECTOR, capped(10), **options))
+
+
 def test_a_finished_run_has_nothing_left_to_do(world: Path, tmp_path: Path) -> None:
     """In the middle of an epoch of four steps, where Trainer alone would take one more."""
     output = train(config(world, tmp_path / "run", CONNECTOR, max_steps=6))
