@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise DataError(f"{path} is a folder; name a file in it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    # Not by the process id: in containers on several machines that write to one disk, it is the same.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp{path.suffix}")
     try:
         yield partial
         with partial.open("rb+") as file:

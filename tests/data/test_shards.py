@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from mllm.cli import app
 from mllm.data import shard_writer, shards
 from mllm.data.collator import Collator
+from mllm.data.files import atomic_path
 from mllm.data.images import image_size, load_image
 from mllm.data.lengths import file_lengths
 from mllm.data.mixture import Mixture
@@ -282,3 +283,12 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["written"] == 3
     assert len(open_rows(str(tmp_path / "out"))) == 23
+
+
+def test_two_may_write_one_index(tmp_path: Path) -> None:
+    """As on two machines, where the processes have the same number."""
+    with atomic_path(tmp_path / "index") as first, atomic_path(tmp_path / "index") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "index").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
