@@ -172,11 +172,11 @@ class MllmTrainer(SavingTrainer):
             self.losses.clear()
             logs |= self.eyes.report(self._add_up, self.args.world_size)
             logs["memory/peak_gib"] = self._most(peak_memory())
+            if dropped := int(self._add_up(torch.tensor(self.steps.dropped_turns))):
+                logs["dropped_turns"] = dropped
         if "learning_rate" in logs and self.optimizer is not None:
             for group in (group for group in self.optimizer.param_groups if "part" in group):
                 logs[f"learning_rate/{group['part']}"] = group["lr"]
-        if self.steps.dropped_turns:
-            logs["dropped_turns"] = self.steps.dropped_turns
         super().log(logs, *args, **kwargs)
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
