@@ -269,7 +269,8 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             past_key_values: the language model's cache.
             inputs_embeds: [B, S, Dt] in place of `input_ids` and `pixel_values`.
             labels: [B, S], -100 where masked; shifted inside. Of an encoder-decoder, [B, T]: the answers.
-                In training mode the logits are then [1, n, V], those of the n positions that have a label.
+                In training mode, and with `num_items_in_batch`, the logits are then [1, n, V], those of the n
+                positions that have a label.
             use_cache: return a cache.
             logits_to_keep: compute only the last k logits (or those at the indices given); 0 means all.
                 Encoder-decoders always compute all.
@@ -333,7 +334,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         if labels is not None:
             # An encoder-decoder's inputs are shifted already, so its labels must not be.
             targets = labels if self.config.is_encoder_decoder else next_labels(labels)
-            if self.training:
+            if self.training or num_items is not None:
                 targets, at_labels = self._labelled(targets)
         with at_labels or nullcontext():
             output = call_language_model(

@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_rows_by_hand(world: Path, cls: Any) -> None:
     """Row by row, without any of the code under test, in whatever batches."""
     model, processor = build(run_config(world, world / "x", TUNINGS["llm"]).model)
     rows = open_rows(world / "rows" / "rows.jsonl", "auto", world / "rows")
-    sums, count = torch.zeros(2), 0
+    sums, count, pictured = torch.zeros(2), 0, 0
     for row in rows:
         batch = Collator(processor)([row])
         logits = model.eval()(batch["input_ids"], batch.get("pixel_values")).logits[0, :-1]
@@ -90,12 +90,20 @@ def test_the_loss_is_that_of_the_rows_by_hand(world: Path, cls: Any) -> None:
         number = int((labels != -100).sum())
         sums += torch.tensor([loss, loss * bool(images_of(row["messages"]))])
         count += number
+        pictured += number * bool(images_of(row["messages"]))
     for size in (3, 16):
         if cls is PackingCollator:
             model.language_model.set_attn_implementation("packed")
+        places: list[int] = []
+        hook = model.get_output_embeddings().register_forward_hook(
+            lambda _, args, out: places.append(out.shape[1])  # noqa: B023
+        )
         found = Validation(ValSection(path="x"), rows, cls(processor), size).measure(
             model, Accelerator(cpu=True)
         )
+        hook.remove()
+        # All rows, and those with images twice more: the head sees labels alone, as in training.
+        assert sum(places) == count + 2 * pictured
         assert found["loss"] == pytest.approx(sums[0].item() / count, rel=1e-5)
         assert found["image_gap"] == found["loss_shuffled"] - found["loss_images"]
 
