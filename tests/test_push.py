@@ -32,6 +32,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(run_config(world, output, tune("frozen", "full", "lora"), max_steps=2, save_steps=1))
     (output / "feature_cache" / "0123").mkdir(parents=True)
     (output / "feature_cache" / "0123" / "a.safetensors").write_bytes(b"features")
+    for left in ("eval/step-1/predictions.jsonl", "watchdog/rank-0.stack.txt", "stopped.rank0.json"):
+        (output / left).parent.mkdir(parents=True, exist_ok=True)
+        (output / left).write_text("{}")
+    (output / "preflight.json").write_text("{}")
     (output / "optimizer.pt").write_bytes(b"a pickle")
     (output / "runs").mkdir()
     (output / "runs" / "events.out").write_bytes(b"log")
@@ -67,6 +71,10 @@ def test_a_dry_run_lists_files_and_uses_no_network(run: Path) -> None:
         "rng_state",
         "runs/",
         "feature_cache",
+        "eval",
+        "watchdog",
+        "stopped",
+        "preflight",
         ".",
         "trainer_state",
         "scheduler",

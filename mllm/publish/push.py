@@ -21,6 +21,7 @@ from mllm.publish.secrets import has_secret
 # where they are loaded.
 IGNORED = (
     *("checkpoint-*/*", "global_step*/*", "runs/*", "wandb/*", "trackio/*", "feature_cache/*", ".*", "*/.*"),
+    *("eval/*", "watchdog/*", "stopped.rank*.json", "preflight*.json"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.tmp"),
     *("trainer_state.json", "zero_to_fp32.py", "latest"),
 )
