@@ -12,14 +12,9 @@ from torch import nn
 
 
 @contextmanager
-def aside(model: nn.Module) -> Iterator[None]:
-    """Put back random states, buffers, and which modules are in training mode.
-
-    Gradients are the caller's: whoever computes some drops them.
-    """
+def generators_kept() -> Iterator[None]:
+    """What is drawn inside is not missing outside."""
     python, numpy = random.getstate(), np.random.get_state()
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's means
     gpus = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(gpus):
@@ -27,6 +22,20 @@ def aside(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Put back random states, buffers, and which modules are in training mode.
+
+    Gradients are the caller's: whoever computes some drops them.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # a batch norm's means
+    try:
+        with generators_kept():
+            yield
+    finally:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:

@@ -8,14 +8,12 @@ behind it computes the same, bit for bit.
 from __future__ import annotations
 
 import math
-import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
@@ -27,6 +25,7 @@ from transformers.integrations.deepspeed import (
 
 from mllm.errors import CheckpointError, ConfigError, MllmError, TrainingStoppedError
 from mllm.model.checkpoint import load_model, read_manifest
+from mllm.training.aside import generators_kept
 from mllm.training.saving import SavingTrainer, amount
 from mllm.training.snapshots import STAGING, complete_snapshots
 
@@ -51,7 +50,7 @@ def rehearse(trainer: SavingTrainer) -> None:
     args = trainer.args
     optimizer: Any = trainer.optimizer
     fresh = not optimizer.state
-    with _generators_kept():
+    with generators_kept():
         folder = trainer.write_aside()
         if trainer.is_fsdp_enabled and fresh:
             # To have something to save, torch took a step of zeros; Adam would count it.
@@ -67,16 +66,6 @@ def rehearse(trainer: SavingTrainer) -> None:
         finally:
             if args.should_save:
                 shutil.rmtree(Path(str(args.output_dir)) / STAGING, ignore_errors=True)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """What is drawn inside is not missing outside."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 def _problem(trainer: SavingTrainer, folder: Path) -> str | None:
