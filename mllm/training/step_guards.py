@@ -119,7 +119,8 @@ class GradientGuard(TrainerCallback):
         whole = bool(torch.isfinite(norm))
         found = [] if whole else [name for name, grad in gradients.items() if not torch.isfinite(grad).all()]
         if args.fsdp_plugin_args:  # a rank has a share of each, and all must stop together
-            found, whole = on_any_rank(found), not on_any_rank([] if whole else ["a share"])
+            found = on_any_rank([] if whole else found or ["their sum"])
+            whole = not found
         if whole:
             return
         bad = found[0] if found else "their sum"
