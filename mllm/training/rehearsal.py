@@ -28,6 +28,7 @@ from mllm.model.checkpoint import load_model, read_manifest
 from mllm.training.aside import generators_kept
 from mllm.training.saving import SavingTrainer, amount
 from mllm.training.snapshots import STAGING, complete_snapshots
+from mllm.training.validation import KeepBest
 
 
 class Rehearsal(TrainerCallback):
@@ -117,15 +118,18 @@ def _check_disk(trainer: SavingTrainer, folder: Path) -> None:
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     trainer.checkpoint_bytes = sum(sizes.values()) + _optimizer_growth(trainer)
     final = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
-    saves, limit = 0, args.save_total_limit
+    limit, beside = args.save_total_limit, 0
+    best = any(isinstance(callback, KeepBest) for callback in trainer.callback_handler.callbacks)
+    saves = 2 if best else 0  # the best one stays until a better one is complete
     if args.save_strategy == "steps":
-        saves = math.ceil((state.max_steps - state.global_step) / args.save_steps)
-        if limit is not None:  # one more than are kept, while the oldest is still there
-            saves = min(saves, max(1, limit + 1 - len(complete_snapshots(output_dir))))
+        beside = int(best)  # and beside the last ones
+        saves = math.ceil((state.max_steps - state.global_step) / args.save_steps) + beside
+    if limit is not None:  # one more than are kept, while the oldest is still there
+        saves = min(saves, max(1, limit + beside + 1 - len(complete_snapshots(output_dir))))
     needed = saves * trainer.checkpoint_bytes + final
     free = shutil.disk_usage(output_dir).free + sum(sizes.values())  # these will be removed
     if needed > free:
-        fit = int((free - final) // trainer.checkpoint_bytes) - 1
+        fit = int((free - final) // trainer.checkpoint_bytes) - 1 - beside
         cure = (
             f"set train.save_total_limit={fit}, or "
             if saves and fit > 0 and (limit or math.inf) > fit

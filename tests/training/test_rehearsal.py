@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import mllm
-from mllm.config import RunConfig
+from mllm.config import RunConfig, ValSection
 from mllm.errors import CheckpointError, TrainingStoppedError
 from mllm.model.checkpoint.verify import verify
 from mllm.training.guards import read_metrics
@@ -144,6 +144,16 @@ def test_a_disk_that_cannot_hold_the_run_is_seen_before_the_first_step(world: Pa
     assert not (small_disk / "run" / "metrics.jsonl").exists()
     limited = config.train.model_copy(update={"save_total_limit": 2})
     train(config.model_copy(update={"train": limited}))
+
+
+def test_the_best_checkpoint_is_counted_too(world: Path, small_disk: Path) -> None:
+    """The best one stays until a better one is complete, so there are two."""
+    ballast(small_disk, 1_300_000)
+    config = run_config(world, small_disk / "run", FULL, max_steps=2)
+    train(config)
+    best = ValSection(path=str(world / "rows" / "rows.jsonl"), every=1, keep_best=True)
+    with pytest.raises(TrainingStoppedError, match=r"the run will write 2 checkpoints of "):
+        train(config.model_copy(update={"val": best}))
 
 
 def test_a_lower_limit_makes_room_on_a_full_disk(world: Path, small_disk: Path) -> None:
