@@ -69,9 +69,11 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
     """
     options, val = config.train, config.val
     chosen: dict[str, Any] = {} if options.optim is None else {"optim": options.optim}
-    if not chosen and config.tune.language_model == "qlora" and torch.cuda.is_available():
+    if options.optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
         # arXiv 2305.14314, section 3: its states make room for a long row.
         chosen["optim"] = "paged_adamw_32bit"
+    if options.gradient_checkpointing is True:  # named only then: transformers warns of the older names
+        chosen |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
     ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
@@ -92,8 +94,6 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         **chosen,
         bf16=options.bf16,
         fp16=options.fp16,
-        gradient_checkpointing=options.gradient_checkpointing is True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         # With steps, `KeepBest` saves at the best ones as well.
         save_strategy="steps" if options.save_steps else "best" if val and val.keep_best else "no",
         eval_strategy="steps" if val else "no",
