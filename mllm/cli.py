@@ -80,5 +80,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # bitsandbytes says on import that an optional kernel package is absent.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed, which accelerate imports wherever it is installed, says aloud that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in str(record.msg))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

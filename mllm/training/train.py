@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
@@ -124,7 +125,8 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress())
+    bar = QuietProgress()
+    trainer.add_callback(bar)
     if trainer.is_world_process_zero():
         _announce(config, rows, known.lengths)
         Console(stderr=True).print(tuning_table(reports, rates))
@@ -134,7 +136,8 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         Console(stderr=True).print(f"resuming from {checkpoint}")
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
-    with closing(watchdog), told_in_one_line(options):
+    # Warnings are written above the bar, not into it.
+    with closing(watchdog), told_in_one_line(options), logging_redirect_tqdm(), closing(bar):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     if trainer.is_world_process_zero():

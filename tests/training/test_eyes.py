@@ -194,10 +194,28 @@ def test_the_bar_shows_loss_speed_and_waiting() -> None:
     from types import SimpleNamespace
 
     bar, shown = QuietProgress(), {}
-    bar.training_bar = SimpleNamespace(set_postfix=shown.update)  # type: ignore[assignment]
-    state = SimpleNamespace(is_world_process_zero=True)
+    lines: list[str] = []
+    bar.training_bar = SimpleNamespace(  # type: ignore[assignment]
+        set_postfix=shown.update, write=lambda line, file: lines.append(line)
+    )
+    state = SimpleNamespace(is_world_process_zero=True, global_step=20)
     bar.on_log(None, state, None, {"loss": 1.5, "speed/tokens_per_second": 1234.5, "speed/data_wait": 0.07})
     assert shown == {"loss": "1.5000", "tok/s": "1,234", "wait": "7%"}
+    assert not lines
+    bar.on_log(None, state, None, {"val/loss": 1.25, "val/image_gap": 0.0312})
+    assert lines == ["step 20: val/loss 1.25, val/image_gap 0.0312"]
+    assert shown["loss"] == "1.5000"
+
+
+def test_the_rate_of_a_part_is_that_of_the_step() -> None:
+    """Not the next step's, which the schedule has set when the step is logged."""
+    from types import SimpleNamespace
+
+    eyes = Eyes(StepLog(), ["a"], None, None)
+    group = {"part": "connector", "lr": 0.5}
+    eyes.on_step_begin(None, None, None, optimizer=SimpleNamespace(param_groups=[group]))
+    group["lr"] = 0.25
+    assert eyes.rates == {"connector": 0.5}
 
 
 # -- the longest rows first -------------------------------------------------------------------------
