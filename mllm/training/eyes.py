@@ -67,6 +67,10 @@ class Eyes(TrainerCallback):
     def _keys(self) -> list[str]:
         return [*_SUMS, *(f"{kind}/{name}" for kind in ("tokens", "labels") for name in self.sources)]
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One rank warns for all."""
+        self.warned = not state.is_world_process_zero
+
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
@@ -178,8 +182,9 @@ class QuietProgress(ProgressCallback):
         if not (state.is_world_process_zero and self.training_bar is not None and logs):
             return
         if found := {key: value for key, value in logs.items() if key.startswith(("val/", "eval/"))}:
-            told = ", ".join(f"{key} {float(value):.4g}" for key, value in found.items())
-            self.training_bar.write(f"step {state.global_step}: {told}", file=sys.stderr)
+            told = ", ".join(f"{key.rpartition('/')[2]} {value:.4g}" for key, value in found.items())
+            group = next(iter(found)).rpartition("/")[0]
+            self.training_bar.write(f"step {state.global_step}, {group}: {told}", file=sys.stderr)
         if "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.4f}"}

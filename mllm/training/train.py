@@ -32,7 +32,7 @@ from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
 from mllm.training.sharded import fsdp_settings
-from mllm.training.snapshots import clean
+from mllm.training.snapshots import clean, complete_snapshots
 from mllm.training.speed import packed_implementation, speed_up
 from mllm.training.steps import StepLog
 from mllm.training.streams import open_stream, stream_batches, take_up
@@ -65,6 +65,8 @@ def train(
         raise ConfigError(
             "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"
         )
+    if config.eval is not None and asker is not None:
+        asker.check(config.eval)  # what is missing is told before anything is loaded
     with forgotten_afterwards():
         return _train(config, callbacks, asker)
 
@@ -134,6 +136,11 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
     checkpoint = agreed(last_checkpoint(folder, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
         Console(stderr=True).print(f"resuming from {checkpoint}")
+    elif trainer.is_world_process_zero() and (earlier := complete_snapshots(folder)):
+        Console(stderr=True).print(
+            f"[bold]starting anew[/]: {earlier[-1]} is of an earlier start, and this one writes over what it "
+            "left; to go on from it, stop now and give train.resume=auto"
+        )
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
     # Warnings are written above the bar, not into it.

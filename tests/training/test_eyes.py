@@ -203,7 +203,7 @@ def test_the_bar_shows_loss_speed_and_waiting() -> None:
     assert shown == {"loss": "1.5000", "tok/s": "1,234", "wait": "7%"}
     assert not lines
     bar.on_log(None, state, None, {"val/loss": 1.25, "val/image_gap": 0.0312})
-    assert lines == ["step 20: val/loss 1.25, val/image_gap 0.0312"]
+    assert lines == ["step 20, val: loss 1.25, image_gap 0.0312"]
     assert shown["loss"] == "1.5000"
 
 
