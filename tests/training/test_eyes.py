@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from runs import TUNINGS, make_world, run_config, write_rows
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mllm.config import DataSection, RunConfig
@@ -308,3 +312,19 @@ def test_aside_puts_back_numbers_modes_and_buffers() -> None:
     assert torch.equal(model[0].running_mean, mean)
     assert model[0].training
     assert not model[1].training
+
+
+def weights_afterwards(rank: int, world: int) -> list[bool]:
+    """Whether each weight is a shard again after a forward aside."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (world,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    with aside(model), torch.no_grad():
+        model(torch.ones(1, 3))
+    return [isinstance(parameter, DTensor) for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+def test_aside_gives_weights_back_to_their_shards(tmp_path: Path) -> None:
+    """FSDP2 keeps the root's whole for a backward; at the last step the guard would take them for changed."""
+    assert on_ranks(weights_afterwards, 2, tmp_path) == [[True] * 4] * 2
