@@ -44,13 +44,13 @@ def options(
 def main() -> None:
     """Run the command line; an error that the user can mend is one line, without a traceback."""
     debug = "--debug" in sys.argv
-    _quiet_libraries()
+    quiet_libraries()
     try:
         sys.exit(app(standalone_mode=False) or 0)  # the code of typer.Exit, 130 of an interruption
     except (MllmError, OSError) as error:  # also of a full disk, or of a file where a folder should be
         if debug:
             raise
-        sys.exit(f"error: {_one_line(error)}")
+        sys.exit(f"error: {one_line(error)}")
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
@@ -61,7 +61,7 @@ def main() -> None:
         raise
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The message; an error that comes out of a dataloader worker has a traceback in front of it."""
     text = str(error).strip()
     if text.startswith("Caught "):
@@ -69,7 +69,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep library chatter off the screen; set before anything heavy is imported."""
     import logging
     import os
@@ -80,5 +80,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # bitsandbytes says on import that an optional kernel package is absent.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed, which accelerate imports wherever it is installed, says aloud that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in str(record.msg))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -571,7 +571,8 @@ def find_recipe(recipe: str | Path) -> Path:
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
-    near = difflib.get_close_matches(str(recipe), shipped_recipes(), n=1)
+    beside = [str(path) for path in Path(recipe).parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(str(recipe), [*beside, *shipped_recipes()], n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped: {', '.join(shipped_recipes())}"
     raise ConfigError(f"recipe {str(recipe)!r} is neither a file nor a shipped recipe; {hint}")
 

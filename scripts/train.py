@@ -2,14 +2,8 @@
 
 import sys
 
-import torch.distributed as dist
-from rich.console import Console
-
-from eval.during_training import Asker
-from mllm.config import load_recipe
+from mllm.cli import one_line, quiet_libraries
 from mllm.errors import MllmError
-from mllm.training.preflight import preflight, table
-from mllm.training.train import train
 
 
 def main() -> None:
@@ -20,14 +14,23 @@ def main() -> None:
     arguments = [argument for argument in arguments if argument != "--preflight"]
     if not arguments:
         sys.exit("usage: deepspeed scripts/train.py RECIPE [section.key=value ...] [--preflight]")
+    quiet_libraries()
+    import torch.distributed as dist
+    from rich.console import Console
+
+    from eval.during_training import Asker
+    from mllm.config import load_recipe
+    from mllm.training.preflight import preflight, table
+    from mllm.training.train import train
+
     try:
         if check:
             report = preflight(load_recipe(arguments[0], arguments[1:]), Asker())
             Console(stderr=True, highlight=False).print(table(report))
             sys.exit(0 if report.passed else 1)
         train(arguments[0], arguments[1:], asker=Asker())
-    except MllmError as error:
-        sys.exit(f"error: {error}")
+    except (MllmError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
     finally:
         if dist.is_initialized():  # or a ZeRO-3 run aborts while the interpreter ends
             dist.destroy_process_group()

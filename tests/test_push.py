@@ -61,6 +61,8 @@ def command(hub_url: str, *arguments: Any, token: str | None = TOKEN) -> subproc
 
 
 def test_a_dry_run_lists_files_and_uses_no_network(run: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'me/tiny/x' is no name on the Hub"):
+        push(run, "me/tiny/x", dry_run=True)
     found = push(run, "me/tiny", dry_run=True)
     names = [name for name, _ in found.files]
     assert {"README.md", "mllm_manifest.json", "config.json", "model.safetensors"} <= set(names)

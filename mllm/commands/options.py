@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,4 +51,7 @@ def print_summary(summary: Any, as_json: bool, output: Path) -> None:
         typer.echo(json.dumps(record, default=str))
         return
     for key, value in record.items():
-        typer.echo(f"{key}: {dict(value) if isinstance(value, dict) else value}")
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{count} x {name}" for name, count in value.items())
+        if value not in ("", None):  # what there is nothing of
+            typer.echo(f"{key}: {value}")

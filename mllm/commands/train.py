@@ -45,7 +45,11 @@ def train(
 
     # As JSON, which is YAML, so that any path is a value.
     asked = [] if resume is None else [f"train.resume={json.dumps(resume)}"]
-    path = run(recipe, [*(overrides or []), *asked], asker=Asker())
+    try:
+        path = run(recipe, [*(overrides or []), *asked], asker=Asker())
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command with --resume auto goes on from the last save", err=True)
+        raise typer.Exit(130) from None
     typer.echo(json.dumps({"output": str(path)}) if as_json else path)
 
 

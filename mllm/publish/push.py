@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
 
 from mllm.errors import CheckpointError, ConfigError
 from mllm.model.checkpoint import MANIFEST, has_manifest, read_manifest, saved_tensors
@@ -71,6 +71,10 @@ def push(
         CheckpointError: no checkpoint, or a broken one.
         ConfigError: a file holds a secret, or the Hub refuses.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo_id!r} is no name on the Hub, which is owner/name: {error}") from error
     path = Path(checkpoint)
     if not has_manifest(path):
         raise CheckpointError(f"{path}: no {MANIFEST} here; give the directory of a checkpoint saved by mllm")

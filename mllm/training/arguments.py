@@ -30,6 +30,10 @@ def check_options(options: TrainSection) -> None:
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise ConfigError(f"train.output_dir: {str(place)!r} is no folder that can be written; name another")
+    if isinstance(options.resume, str) and options.resume != "auto" and not Path(options.resume).is_dir():
+        raise ConfigError(
+            f"train.resume: there is no folder {options.resume!r}; give auto, or the path of a checkpoint-N"
+        )
     try:
         optimizer = torch.optim.SGD([torch.zeros(1)])
         get_scheduler(options.lr_scheduler_type, optimizer, 1, 2, options.lr_scheduler_kwargs)

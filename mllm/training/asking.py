@@ -47,10 +47,6 @@ class Asking(TrainerCallback):
     ) -> None:
         self.section, self.asker, self.processor, self.log = section, asker, processor, log
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What is missing is told now, not when the first questions are due."""
-        self.asker.check(self.section)
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Ask at every multiple of `every`, and behind the last step."""
         last = state.global_step == state.max_steps

@@ -62,9 +62,21 @@ class Eyes(TrainerCallback):
         self.sources = list(dict.fromkeys(sources))
         self.sums = dict.fromkeys(self._keys(), 0.0)
         self.windows, self.warned = 0, False
+        self.rates: dict[str, float] = {}
 
     def _keys(self) -> list[str]:
         return [*_SUMS, *(f"{kind}/{name}" for kind in ("tokens", "labels") for name in self.sources)]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One rank warns for all."""
+        self.warned = not state.is_world_process_zero
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Note the rate of each part now: when the step is logged, the schedule is one step ahead."""
+        groups = optimizer.param_groups if optimizer is not None else ()
+        self.rates = {group["part"]: float(group["lr"]) for group in groups if "part" in group}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add the step."""
@@ -166,11 +178,24 @@ class QuietProgress(ProgressCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Show the newest numbers."""
-        if not (state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs):
+        """Show the newest numbers; what is measured now and then has a line of its own above the bar."""
+        if not (state.is_world_process_zero and self.training_bar is not None and logs):
+            return
+        if found := {key: value for key, value in logs.items() if key.startswith(("val/", "eval/"))}:
+            told = ", ".join(f"{key.rpartition('/')[2]} {value:.4g}" for key, value in found.items())
+            group = next(iter(found)).rpartition("/")[0]
+            self.training_bar.write(f"step {state.global_step}, {group}: {told}", file=sys.stderr)
+        if "loss" not in logs:
             return
         shown = {"loss": f"{float(logs['loss']):.4f}"}
         if "speed/tokens_per_second" in logs:
             shown["tok/s"] = f"{logs['speed/tokens_per_second']:,.0f}"
             shown["wait"] = f"{logs['speed/data_wait']:.0%}"
         self.training_bar.set_postfix(shown)
+
+    def close(self) -> None:
+        """End the bar, also of a run that stopped, so that what is said next begins a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.leave = self.training_bar.n > 0  # nothing is known of a run without a step
+            self.training_bar.close()
+            self.training_bar = None

@@ -141,6 +141,7 @@ class Plan:
     Attributes:
         tokens: of the longest row, which the memory is for.
         mean_tokens: of a mean row, which the time is for.
+        assumed: nobody gave `tokens`, and the data were not read for it.
         step_seconds: of arithmetic at `efficiency` of `tflops`: no communication, no waiting for data.
         model_tflop: TFLOP of a step on one rank that the model needs.
         hardware_tflop: what is computed: also at positions without a label, and a second time.
@@ -151,6 +152,7 @@ class Plan:
     accumulation: int
     tokens: int
     mean_tokens: int
+    assumed: bool
     checkpointing: Checkpointing
     options: list[Option]
     flops: StepFlops
@@ -216,6 +218,7 @@ def plan(
         accumulation=accumulation,
         tokens=longest,
         mean_tokens=mean,
+        assumed=tokens is None,
         checkpointing=options.gradient_checkpointing,
         options=[
             Option(
@@ -427,6 +430,11 @@ def report(found: Plan) -> Group:
         f"{found.hardware_tflop:,.3g} TFLOP a rank, {found.model_tflop:,.3g} of them needed. At "
         f"{found.efficiency:.0%} of {found.tflops:g} TFLOP/s, {found.step_seconds:.2g} s, "
         f"{found.samples_per_second:,.3g} rows/s in all, if neither communication nor data make it wait.",
+        *(
+            ["Rows were not read, their length is assumed; --preflight measures it, --tokens gives it."]
+            if found.assumed
+            else []
+        ),
         *(f"To change: {change}" for change in found.changes),
     ]
     return Group(table, *(Text(line) for line in lines))

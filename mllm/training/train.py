@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from mllm.config import RunConfig, load_recipe
@@ -31,7 +32,7 @@ from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
 from mllm.training.resume import agreed, last_checkpoint
 from mllm.training.sharded import fsdp_settings
-from mllm.training.snapshots import clean
+from mllm.training.snapshots import clean, complete_snapshots
 from mllm.training.speed import packed_implementation, speed_up
 from mllm.training.steps import StepLog
 from mllm.training.streams import open_stream, stream_batches, take_up
@@ -64,6 +65,8 @@ def train(
         raise ConfigError(
             "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"
         )
+    if config.eval is not None and asker is not None:
+        asker.check(config.eval)  # what is missing is told before anything is loaded
     with forgotten_afterwards():
         return _train(config, callbacks, asker)
 
@@ -124,7 +127,8 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(QuietProgress())
+    bar = QuietProgress()
+    trainer.add_callback(bar)
     if trainer.is_world_process_zero():
         _announce(config, rows, known.lengths)
         Console(stderr=True).print(tuning_table(reports, rates))
@@ -132,9 +136,15 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
     checkpoint = agreed(last_checkpoint(folder, options.resume, record))
     if trainer.is_world_process_zero() and checkpoint:
         Console(stderr=True).print(f"resuming from {checkpoint}")
+    elif trainer.is_world_process_zero() and (earlier := complete_snapshots(folder)):
+        Console(stderr=True).print(
+            f"[bold]starting anew[/]: {earlier[-1]} is of an earlier start, and this one writes over what it "
+            "left; to go on from it, stop now and give train.resume=auto"
+        )
     if position is not None and checkpoint:
         take_up(dataset, position, Path(checkpoint))
-    with closing(watchdog), told_in_one_line(options):
+    # Warnings are written above the bar, not into it.
+    with closing(watchdog), told_in_one_line(options), logging_redirect_tqdm(), closing(bar):
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
     if trainer.is_world_process_zero():

@@ -174,9 +174,8 @@ class MllmTrainer(SavingTrainer):
             logs["memory/peak_gib"] = self._most(peak_memory())
             if dropped := int(self._add_up(torch.tensor(self.steps.dropped_turns))):
                 logs["dropped_turns"] = dropped
-        if "learning_rate" in logs and self.optimizer is not None:
-            for group in (group for group in self.optimizer.param_groups if "part" in group):
-                logs[f"learning_rate/{group['part']}"] = group["lr"]
+        if "learning_rate" in logs:
+            logs |= {f"learning_rate/{part}": rate for part, rate in self.eyes.rates.items()}
         super().log(logs, *args, **kwargs)
 
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:

@@ -116,9 +116,12 @@ def test_a_file_that_is_no_recipe(recipe: Path, text: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_recipe_that_is_not_there_names_the_nearest() -> None:
+def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'llava-1.5-7b/align'"):
         load_recipe("llava-1.5-7b/aling")
+    (tmp_path / "mine.yaml").write_text("stage: align")
+    with pytest.raises(ConfigError, match=r"did you mean '.*mine.yaml'"):
+        load_recipe(tmp_path / "mine.yam")
     with pytest.raises(
         ConfigError, match=r"neither a file nor a shipped recipe; shipped: .*quickstart/align"
     ):

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from runs import TUNINGS, make_world, run_config, write_rows
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mllm.config import DataSection, RunConfig
@@ -194,10 +198,28 @@ def test_the_bar_shows_loss_speed_and_waiting() -> None:
     from types import SimpleNamespace
 
     bar, shown = QuietProgress(), {}
-    bar.training_bar = SimpleNamespace(set_postfix=shown.update)  # type: ignore[assignment]
-    state = SimpleNamespace(is_world_process_zero=True)
+    lines: list[str] = []
+    bar.training_bar = SimpleNamespace(  # type: ignore[assignment]
+        set_postfix=shown.update, write=lambda line, file: lines.append(line)
+    )
+    state = SimpleNamespace(is_world_process_zero=True, global_step=20)
     bar.on_log(None, state, None, {"loss": 1.5, "speed/tokens_per_second": 1234.5, "speed/data_wait": 0.07})
     assert shown == {"loss": "1.5000", "tok/s": "1,234", "wait": "7%"}
+    assert not lines
+    bar.on_log(None, state, None, {"val/loss": 1.25, "val/image_gap": 0.0312})
+    assert lines == ["step 20, val: loss 1.25, image_gap 0.0312"]
+    assert shown["loss"] == "1.5000"
+
+
+def test_the_rate_of_a_part_is_that_of_the_step() -> None:
+    """Not the next step's, which the schedule has set when the step is logged."""
+    from types import SimpleNamespace
+
+    eyes = Eyes(StepLog(), ["a"], None, None)
+    group = {"part": "connector", "lr": 0.5}
+    eyes.on_step_begin(None, None, None, optimizer=SimpleNamespace(param_groups=[group]))
+    group["lr"] = 0.25
+    assert eyes.rates == {"connector": 0.5}
 
 
 # -- the longest rows first -------------------------------------------------------------------------
@@ -290,3 +312,19 @@ def test_aside_puts_back_numbers_modes_and_buffers() -> None:
     assert torch.equal(model[0].running_mean, mean)
     assert model[0].training
     assert not model[1].training
+
+
+def weights_afterwards(rank: int, world: int) -> list[bool]:
+    """Whether each weight is a shard again after a forward aside."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    fully_shard(model[1], mesh=init_device_mesh("cpu", (world,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    with aside(model), torch.no_grad():
+        model(torch.ones(1, 3))
+    return [isinstance(parameter, DTensor) for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+def test_aside_gives_weights_back_to_their_shards(tmp_path: Path) -> None:
+    """FSDP2 keeps the root's whole for a backward; at the last step the guard would take them for changed."""
+    assert on_ranks(weights_afterwards, 2, tmp_path) == [[True] * 4] * 2

@@ -150,7 +150,9 @@ def test_the_command_resumes(world: Path, tmp_path: Path) -> None:
     same_run(train(config(world, tmp_path / "whole", CONNECTOR, max_steps=4)), tmp_path / "run", 4)
     found = run(app, ["train", str(recipe), "--resume", str(tmp_path / "none: here")])
     assert isinstance(found.exception, ConfigError)  # which `main` prints as one line
-    assert "none: here' is no complete training checkpoint: it has no complete.json" in str(found.exception)
+    assert "none: here'; give auto, or the path" in str(found.exception)
+    found = run(app, ["train", str(recipe), "train.max_steps=1"])
+    assert "starting anew" in found.output
 
 
 # -- checkpoints on disk ------------------------------------------------------------------------------

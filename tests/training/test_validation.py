@@ -169,8 +169,9 @@ def test_predictions_are_kept_and_scored(world: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval: nobody was named to ask"):
         train(config)
     missing = asked(config, world, image_root=str(tmp_path))
+    nowhere = missing.model.model_copy(update={"vision_encoder": "nowhere"})  # not come to
     with pytest.raises(DataError, match=r"pope_random.jsonl:1: image .* is not there \(6 of 6"):
-        train(missing, asker=Asker())  # before the first step
+        train(missing.model_copy(update={"model": nowhere}), asker=Asker())
     output = train(config, asker=Asker())
     (line,) = metrics(output, "eval/pope/accuracy")
     folder = output / "eval" / "step-2"
