@@ -61,7 +61,7 @@ def command(hub_url: str, *arguments: Any, token: str | None = TOKEN) -> subproc
 
 
 def test_a_dry_run_lists_files_and_uses_no_network(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'me/tiny/x' is no name on the Hub"):
+    with pytest.raises(ConfigError, match=r"the Hub does not take 'me/tiny/x': "):
         push(run, "me/tiny/x", dry_run=True)
     found = push(run, "me/tiny", dry_run=True)
     names = [name for name, _ in found.files]

@@ -74,7 +74,7 @@ def push(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ConfigError(f"{repo_id!r} is no name on the Hub, which is owner/name: {error}") from error
+        raise ConfigError(f"the Hub does not take {repo_id!r}: {_one_line(error)}") from error
     path = Path(checkpoint)
     if not has_manifest(path):
         raise CheckpointError(f"{path}: no {MANIFEST} here; give the directory of a checkpoint saved by mllm")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def generators_kept() -> Iterator[None]:
 
 @contextmanager
 def aside(model: nn.Module) -> Iterator[None]:
-    """Put back random states, buffers, and which modules are in training mode.
+    """Put back random states, buffers, which modules are in training mode, and FSDP2's shards.
 
     Gradients are the caller's: whoever computes some drops them.
     """
@@ -42,3 +43,6 @@ def aside(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(buffers[name])
         for module, training in modes.items():
             module.training = training
+            # FSDP2 leaves the root's weights whole after a forward, for a backward that does not come here.
+            if isinstance(module, FSDPModule):
+                module.reshard()
