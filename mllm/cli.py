@@ -70,7 +70,7 @@ def one_line(error: Exception) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keep library chatter off the screen; set before anything heavy is imported."""
+    """Keep library chatter off the screen; best before anything heavy is imported."""
     import logging
     import os
     import warnings
@@ -78,6 +78,10 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # `import mllm` has brought it, and it has read its environment
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     # bitsandbytes says on import that an optional kernel package is absent.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # DeepSpeed, which accelerate imports wherever it is installed, says aloud that there is no GPU.
