@@ -1,5 +1,7 @@
 """What `deepspeed`, `torchrun` and `accelerate launch` take: RECIPE [section.key=value ...] [--preflight]."""
 
+import atexit
+import os
 import sys
 
 from mllm.cli import one_line, quiet_libraries
@@ -32,8 +34,23 @@ def main() -> None:
     except (MllmError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")
     finally:
-        if dist.is_initialized():  # or a ZeRO-3 run aborts while the interpreter ends
+        ranks = dist.is_initialized()
+        if ranks:  # or a ZeRO-3 run aborts while the interpreter ends
             dist.destroy_process_group()
+    if ranks:
+        leave()
+
+
+def leave() -> None:
+    """End a rank whose run is complete, without taking the interpreter apart.
+
+    Now and then a thread of the collectives outlives its group there, which C++ answers with an abort; the
+    launcher would then report a failure of a run that has written everything.
+    """
+    atexit._run_exitfuncs()  # what trackers and workers have still to do
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
