@@ -204,6 +204,11 @@ def named_colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def flagged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the validation warned of; a busy machine may also bring a warning of slow data."""
+    return [record.getMessage() for record in caplog.records if record.name == "mllm.training.validation"]
+
+
 @pytest.mark.slow
 def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
     named_colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -217,7 +222,7 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
     (found,) = metrics(output, "val/loss")
     assert found["val/loss_shuffled"] > found["val/loss_images"] + 0.5
     assert found["val/loss_blank"] > found["val/loss_images"]
-    assert not caplog.records
+    assert not flagged(caplog)
     model, processor = mllm.load(output)
     with torch.no_grad():
         for parameter in model.connector.parameters():
@@ -227,8 +232,8 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
     with caplog.at_level(logging.WARNING, logger="mllm.training.validation"):
         cut = validation.measure(model, Accelerator(cpu=True))
     assert abs(cut["image_gap"]) < 1e-5
-    assert "THE MODEL IGNORES THE IMAGE" in caplog.records[0].getMessage()
-    assert "\n" not in caplog.records[0].getMessage()
+    (message,) = flagged(caplog)
+    assert "THE MODEL IGNORES THE IMAGE" in message and "\n" not in message
 
 
 # -- the best checkpoint ----------------------------------------------------------------------------
