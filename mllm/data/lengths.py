@@ -3,7 +3,8 @@
 Sampling by length and packing need the lengths of all rows. They come from the same code that makes the
 batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so all
 workers of all ranks measure a part each, and the result is kept beside the data, under a name that changes
-with the data, the processor and this package.
+with the data, the processor and this package. What is measured is kept as it comes: a count that is broken
+off goes on from there, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -130,10 +132,13 @@ def file_lengths(
     if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
         return Lengths(*np.load(cache))
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
-    lengths = measure(wanted, collator, workers, show, ranks)
-    if ranks.rank == 0 and os.access(cache.parent, os.W_OK):  # a read-only disk: measured every time
+    writable = os.access(cache.parent, os.W_OK)  # a read-only disk: measured every time
+    unfinished = cache.with_suffix(".part") if writable else None
+    lengths = measure(wanted, collator, workers, show, ranks, unfinished)
+    if ranks.rank == 0 and unfinished is not None:
         with atomic_path(cache) as partial:
             np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
+        unfinished.unlink(missing_ok=True)  # by another run on the same data
     return lengths
 
 
@@ -143,24 +148,56 @@ def measure(
     workers: int = 0,
     show: bool = False,
     ranks: Ranks = ALONE,
+    unfinished: Path | None = None,
 ) -> Lengths:
-    """Sizes of rows, in their order; see `file_lengths`."""
-    chunks = _Chunks(rows, collator)
-    mine = range(ranks.rank, len(chunks), ranks.size)
-    found: Any = DataLoader(Subset(chunks, mine), batch_size=None, num_workers=workers)
-    sizes: list[np.ndarray] = []
+    """Sizes of rows, in their order; see `file_lengths`.
+
+    `unfinished` keeps what is measured, and has what an earlier call had measured of the same rows.
+    """
+    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)
+    rank_of = np.arange(len(rows)) // CHUNK % ranks.size  # [N], who measures the row
     fault = None
-    for chunk in track(found, "lengths", len(mine), show):
-        if isinstance(chunk, DataError):
-            fault = str(chunk)
-            break  # and tell the others, who would wait
-        sizes.append(chunk.numpy())
-    parts = ranks.gather([(fault, sizes)])
-    for fault, _ in parts:
+    with _store(unfinished, sizes) as file:
+        # No row has no tokens.
+        wanted = [
+            chunk
+            for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
+            if not sizes[chunk * CHUNK : (chunk + 1) * CHUNK, 0].all()
+        ]
+        chunks: Any = DataLoader(_Chunks(rows, collator, wanted), batch_size=None, num_workers=workers)
+        for start, found in track(chunks, "measuring rows, once for all runs", len(wanted), show):
+            if isinstance(found, DataError):
+                fault = str(found)
+                break  # and tell the others, who would wait
+            sizes[start : start + len(found)] = found
+            if file is not None:
+                file.seek(start * sizes[0].nbytes)
+                file.write(sizes[start : start + len(found)].tobytes())
+    parts = ranks.gather([(fault, sizes[rank_of == ranks.rank])])
+    for rank, (fault, found) in enumerate(parts):
         if fault:
             raise DataError(fault)
-    in_order = [parts[i % ranks.size][1][i // ranks.size] for i in range(len(chunks))]
-    return Lengths(*np.concatenate(in_order).T)
+        sizes[rank_of == rank] = found
+    return Lengths(*np.ascontiguousarray(sizes.T))
+
+
+@contextmanager
+def _store(path: Path | None, sizes: np.ndarray) -> Iterator[IO[bytes] | None]:
+    """The file that keeps `sizes` row by row, with what it has of them read; zeros where it has nothing.
+
+    Each row has its place in it, so ranks, or two runs on the same data, may write at the same time.
+    """
+    if path is None:
+        yield None
+        return
+    path.touch()
+    with path.open("r+b", buffering=0) as file:
+        known = file.read(sizes.nbytes)
+        whole = len(known) // sizes[0].nbytes
+        sizes[:whole] = np.frombuffer(known[: whole * sizes[0].nbytes], np.int32).reshape(
+            whole, sizes.shape[1]
+        )
+        yield file
 
 
 def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:
@@ -177,25 +214,26 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
 
 
 class _Chunks(Dataset[Any]):
-    """Sizes of `CHUNK` rows at a time: [rows, 5]."""
+    """(first row, sizes [rows, 5] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
 
-    def __init__(self, rows: Sequence[Row], collator: Collator):
-        self.rows, self.collator = rows, collator
+    def __init__(self, rows: Sequence[Row], collator: Collator, wanted: Sequence[int]):
+        self.rows, self.collator, self.wanted = rows, collator, wanted
 
     def __len__(self) -> int:
-        return math.ceil(len(self.rows) / CHUNK)
+        return len(self.wanted)
 
-    def __getitem__(self, chunk: int) -> np.ndarray | DataError:
-        numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.rows)))
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | DataError]:
+        start = self.wanted[index] * CHUNK
+        numbers = range(start, min(start + CHUNK, len(self.rows)))
         try:
-            return np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
+            return start, np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
         except DataError as error:
-            return error  # raised in a worker it would arrive as a page of traceback
+            return start, error  # raised in a worker it would arrive as a page of traceback
 
     def _sizes(self, row: Row) -> tuple[int, ...]:
         encoded = self.collator.encode(row)
         tiles = self.collator.processor.tiles
         images = encoded.images
         views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-        labels = sum(label != IGNORE for label in encoded.labels)
+        labels = len(encoded.labels) - encoded.labels.count(IGNORE)
         return len(encoded.input_ids), labels, views, len(row["messages"]), encoded.dropped_turns

@@ -130,6 +130,38 @@ def test_ranks_measure_a_part_each(rows: Rows, processor: MllmProcessor, tmp_pat
         assert error == one[1]  # no rank waits for one that has stopped
 
 
+def test_a_count_that_was_broken_off_goes_on(
+    rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = measure(rows, Collator(processor))
+    monkeypatch.setattr(lengths_module, "CHUNK", 4)
+    encode, encoded = Collator.encode, []
+
+    def encode_until(limit: int) -> Any:
+        def stops(self: Collator, row: Any) -> Any:
+            if len(encoded) == limit:
+                raise KeyboardInterrupt
+            encoded.append(row["id"])
+            return encode(self, row)
+
+        return stops
+
+    monkeypatch.setattr(Collator, "encode", encode_until(9))
+    with pytest.raises(KeyboardInterrupt):
+        file_lengths(rows, Collator(processor))
+    (part,) = rows.path.parent.glob("*.part")
+    monkeypatch.setattr(Collator, "encode", encode_until(13))
+    # Torn inside a row of the second chunk, as by a power failure: that chunk is measured again.
+    part.write_bytes(part.read_bytes()[: 20 * 6 + 7])
+    with pytest.raises(KeyboardInterrupt):
+        file_lengths(rows, Collator(processor))
+    assert encoded == [row["id"] for row in [*rows[:9], *rows[4:8]]]
+    monkeypatch.setattr(Collator, "encode", encode_until(17))
+    assert_equal(file_lengths(rows, Collator(processor)), wanted)
+    assert encoded[13:] == [row["id"] for row in rows[8:]]
+    assert not list(rows.path.parent.glob("*.part"))
+
+
 def test_only_what_a_cap_leaves_is_measured(
     rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
