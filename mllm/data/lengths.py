@@ -139,6 +139,7 @@ def file_lengths(
         with atomic_path(cache) as partial:
             np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
         unfinished.unlink(missing_ok=True)  # by another run on the same data
+    ranks.gather([None])  # or the next who asks might not find what is still being written
     return lengths
 
 
