@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.data.files import track
 from mllm.data.mixture import Mixture
+from mllm.data.schema import empty_answers, name_of
 from mllm.errors import DataError
 
 CHUNK = 32
@@ -31,6 +32,8 @@ class DataCheck:
         pictures: that were decoded; with tiling, their views.
         turns, dropped: messages, and those that `data.max_length` has no room for.
         over: rows that are shortened for it.
+        empty: answers without text; they are trained on, by their end token alone.
+        first_empty: the first row that has one.
         bad: row and fault of each row that cannot be trained on.
         longest: numbers of the longest good rows, the longest first.
         tokens: of the longest row.
@@ -41,6 +44,8 @@ class DataCheck:
     turns: int = 0
     dropped: int = 0
     over: int = 0
+    empty: int = 0
+    first_empty: str = ""
     bad: list[dict[str, str]] = field(default_factory=list)
     longest: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -81,12 +86,15 @@ def check_rows(
             if isinstance(result, dict):
                 found.bad.append(result)
                 continue
-            tokens, pictures, turns, dropped = result
+            tokens, pictures, turns, dropped, empty = result
             lengths.append((tokens, number))
             found.pictures += pictures
             found.turns += turns
             found.dropped += dropped
             found.over += dropped > 0
+            if empty:
+                found.empty += empty
+                found.first_empty = found.first_empty or name_of(data[number])
     lengths.sort(key=lambda one: (-one[0], one[1]))
     found.longest = [number for _, number in lengths[:keep]]
     found.tokens = lengths[0][0] if lengths else 0
@@ -115,4 +123,5 @@ class _Chunks(Dataset[Any]):
             return {"row": where, "fault": fault or str(error)}
         counts = batch["counts"]
         tokens, pictures = (sum(getattr(count, key) for count in counts) for key in ("tokens", "views"))
-        return tokens, pictures, len(row["messages"]), batch.get("dropped_turns", 0)
+        turns, empty = len(row["messages"]), empty_answers(row["messages"])
+        return tokens, pictures, turns, batch.get("dropped_turns", 0), empty

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllm.data.schema import Row
+from mllm.data.schema import Row, name_of
 from mllm.data.tokens import IGNORE, pad_rows
 from mllm.errors import DataError
 
@@ -148,9 +148,3 @@ class Collator:
             return self.processor.image_inputs(images)
         except DataError as error:
             raise DataError(f"{name_of(row)}: {error}") from error
-
-
-def name_of(row: Row) -> str:
-    """How errors call a row: its place in the file if a reader noted it, and its id."""
-    source = row.get("source")
-    return f"{source} (id {row['id']})" if source else f"row {row['id']}"

@@ -12,12 +12,13 @@ from typing import Any
 from mllm.data.files import atomic_writer, track
 from mllm.data.grounding import BoxTasks
 from mllm.data.rows import open_rows
+from mllm.data.schema import Row, check_last, empty_answers, images_of, name_of
 from mllm.errors import ConfigError, DataError
 
 
 @dataclass
 class Conversion:
-    """What a conversion did."""
+    """What a conversion did; `empty_answers` are those without text, the first of them in `first_empty`."""
 
     output: Path
     rows: int = 0
@@ -25,6 +26,8 @@ class Conversion:
     bad: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
+    empty_answers: int = 0
+    first_empty: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -75,6 +78,7 @@ def convert(
             try:
                 row = rows.as_written(i)
                 rows.resolve(row, rows.where(i))  # raises where an image is missing
+                _check_answered(row, rows.where(i))
             except DataError as error:
                 if on_error == "error":
                     raise
@@ -85,13 +89,23 @@ def convert(
                 continue
             file.write(json.dumps(row, ensure_ascii=False, default=_no_path) + "\n")
             done.rows += 1
-            done.images += sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
+            done.images += len(images_of(row["messages"]))
+            if empty := empty_answers(row["messages"]):
+                done.empty_answers += empty
+                done.first_empty = done.first_empty or name_of({**row, "source": rows.where(i)})
         if done.rows == 0 or done.bad > max_bad * len(rows):
             raise DataError(
                 f"{source}: {done.bad} of {len(rows)} rows are bad, more than the share "
                 f"max_bad={max_bad} allows; the first: {done.first_bad}"
             )
     return done
+
+
+def _check_answered(row: Row, where: str) -> None:
+    try:
+        check_last(row["messages"], "assistant")
+    except DataError as error:
+        raise DataError(f"{name_of({**row, 'source': where})}: {error}") from None
 
 
 def _no_path(image: Any) -> Any:

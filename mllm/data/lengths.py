@@ -28,7 +28,7 @@ from mllm.data.files import atomic_path, sha256_of, track
 from mllm.data.images import image_size
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
-from mllm.data.schema import Row
+from mllm.data.schema import Row, empty_answers
 from mllm.data.tokens import IGNORE
 from mllm.errors import DataError
 
@@ -45,6 +45,7 @@ class Lengths:
         views: [N], pictures that the vision encoder sees: images, or with tiling their views.
         turns: [N], messages of the row as it is in the file.
         dropped: [N], those of them that `data.max_length` has no room for.
+        empty: [N], answers without text, as the row is in the file.
     """
 
     tokens: np.ndarray
@@ -52,6 +53,7 @@ class Lengths:
     views: np.ndarray
     turns: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    empty: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     @property
     def over(self) -> float:
@@ -215,7 +217,7 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
 
 
 class _Chunks(Dataset[Any]):
-    """(first row, sizes [rows, 5] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
+    """(first row, sizes [rows, 6] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
 
     def __init__(self, rows: Sequence[Row], collator: Collator, wanted: Sequence[int]):
         self.rows, self.collator, self.wanted = rows, collator, wanted
@@ -237,4 +239,5 @@ class _Chunks(Dataset[Any]):
         images = encoded.images
         views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
         labels = len(encoded.labels) - encoded.labels.count(IGNORE)
-        return len(encoded.input_ids), labels, views, len(row["messages"]), encoded.dropped_turns
+        turns, empty = len(row["messages"]), empty_answers(row["messages"])
+        return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty

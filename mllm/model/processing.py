@@ -18,7 +18,7 @@ from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllm.data.images import image_size, load_image
-from mllm.data.schema import Message, check_roles, images_of, message_text
+from mllm.data.schema import Message, check_last, check_roles, images_of, message_text
 from mllm.data.templates import IMAGE, Piece, chat_template, render
 from mllm.data.tokens import IGNORE, PieceTokenizer, expand_images, pad_rows
 from mllm.errors import ConfigError, DataError
@@ -204,9 +204,7 @@ class MllmProcessor(ProcessorMixin):
             DataError: roles out of order, a template that loses an image, an id the model cannot embed.
         """
         check_roles(messages, "conversation")
-        if open_answer != (messages[-1]["role"] == "user"):
-            wanted = "a 'user'" if open_answer else "an 'assistant'"
-            raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")
+        check_last(messages, "user" if open_answer else "assistant")
         pieces = self.pieces(messages, open_answer)
         ids, labels = self.piece_tokenizer(pieces)
         images = images_of(messages)

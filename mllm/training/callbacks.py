@@ -81,6 +81,8 @@ def length_line(lengths: Lengths, rows: int | None, max_length: int | None) -> s
     """How many rows do not fit, for before the start."""
     every = rows is not None and len(lengths) >= rows
     of = f"all {rows:,} rows" if every else f"a sample of {len(lengths):,} rows"
+    empty = int(lengths.empty.sum())
+    of += f"; {empty:,} answers without text, trained on their end token alone" if empty else ""
     if max_length is None:
         return f"longest row {int(lengths.tokens.max()):,} tokens, no data.max_length ({of})"
     return (

@@ -145,6 +145,11 @@ def _check_data(
         detail += (
             f"; {over:.2%} of rows over data.max_length, {found.dropped / max(1, found.turns):.2%} of turns"
         )
+    if found.empty:
+        detail += (
+            f"; {found.empty:,} answers without text, trained on their end token alone, the first in "
+            f"{found.first_empty}"
+        )
     if worst is not None:
         one = found.bad[0]
         detail += f"; {len(found.bad)} bad rows, the first: {one['row']}: {one['fault']}"
