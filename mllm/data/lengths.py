@@ -1,10 +1,10 @@
 """How long every row is, images included, before training starts and without decoding a picture.
 
-Sampling by length and packing need the lengths of all rows. They come from the same code that makes the
-batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so all
-workers of all ranks measure a part each, and the result is kept beside the data, under a name that changes
-with the data, the processor and this package. What is measured is kept as it comes: a count that is broken
-off goes on from there, whatever the number of ranks.
+They come from the same code that makes the batches, so they are exact (LLaVA's are words, at 128 an image).
+All workers of all ranks measure a part each, and the result is kept beside the data, under a name that
+changes with the data, the processor and this package. What is measured is kept as it comes: a count that is
+broken off goes on from there, whatever the number of ranks. Of sets for which all this would take minutes,
+rows are measured when a step needs them (`mllm.data.lengths_on_demand`).
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def file_lengths(
     Raises:
         DataError: a row that could not be trained on; names it.
     """
-    cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
+    cache = lengths_file(rows, collator, chosen)
     if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
         return Lengths(*np.load(cache))
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
@@ -143,6 +143,11 @@ def file_lengths(
         unfinished.unlink(missing_ok=True)  # by another run on the same data
     ranks.gather([None])  # or the next who asks might not find what is still being written
     return lengths
+
+
+def lengths_file(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> Path:
+    """Where the sizes of a file's rows are kept; `.part` in the place of `.npy` while some are missing."""
+    return rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
 
 
 def measure(
@@ -229,15 +234,21 @@ class _Chunks(Dataset[Any]):
         start = self.wanted[index] * CHUNK
         numbers = range(start, min(start + CHUNK, len(self.rows)))
         try:
-            return start, np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
+            return start, np.array([row_sizes(self.rows[i], self.collator) for i in numbers], dtype=np.int32)
         except DataError as error:
             return start, error  # raised in a worker it would arrive as a page of traceback
 
-    def _sizes(self, row: Row) -> tuple[int, ...]:
-        encoded = self.collator.encode(row)
-        tiles = self.collator.processor.tiles
-        images = encoded.images
-        views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-        labels = len(encoded.labels) - encoded.labels.count(IGNORE)
-        turns, empty = len(row["messages"]), empty_answers(row["messages"])
-        return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty
+
+def row_sizes(row: Row, collator: Collator) -> tuple[int, ...]:
+    """What `Lengths` has of one row, in its order.
+
+    Raises:
+        DataError: the row could not be trained on; names it.
+    """
+    encoded = collator.encode(row)
+    tiles = collator.processor.tiles
+    images = encoded.images
+    views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
+    labels = len(encoded.labels) - encoded.labels.count(IGNORE)
+    turns, empty = len(row["messages"]), empty_answers(row["messages"])
+    return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty

@@ -15,7 +15,8 @@ Two ways to divide:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,6 +28,15 @@ from mllm.errors import ConfigError
 Divided = list[list[list[int]]]  # [micro-step][rank] -> row numbers
 
 
+class Sizes(Protocol):
+    """What is asked of `Lengths` where some may not be measured yet."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, rows: np.ndarray) -> Lengths:
+        """The sizes of these rows, in this order."""
+
+
 class MicroBatches(Sampler[list[int]]):
     """One rank's micro-batches, `accumulation` of them for each optimiser step.
 
@@ -35,13 +45,13 @@ class MicroBatches(Sampler[list[int]]):
     join the step before, since every rank must have a row.
 
     Args:
-        lengths: of all rows.
+        lengths: of all rows; with `by_modality`, `Lengths`.
         batch_size: rows a micro-batch, or their mean where packs are balanced.
         accumulation: micro-batches a step.
         ranks, rank: how many there are, and which this is.
         seed: of the order, together with the epoch. Without grouping it is the order of an unpacked run
             under Hugging Face's Trainer with this seed.
-        flops: [N], of each row in a step: divide by them, for packs; None divides by rows.
+        flops: what rows of such lengths cost in a step, [rows]: divide by it, for packs; None by rows.
         by_modality: steps of rows with an image, steps of rows without; only what is left of both is mixed.
 
     Raises:
@@ -50,13 +60,13 @@ class MicroBatches(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Lengths,
+        lengths: Sizes,
         batch_size: int,
         accumulation: int = 1,
         ranks: int = 1,
         rank: int = 0,
         seed: int = 0,
-        flops: np.ndarray | None = None,
+        flops: Callable[[Lengths], np.ndarray] | None = None,
         by_modality: bool = False,
     ):
         if len(lengths) < ranks:
@@ -65,9 +75,10 @@ class MicroBatches(Sampler[list[int]]):
         self.batch_size, self.accumulation = batch_size, accumulation
         self.ranks, self.rank = ranks, rank
         self.seed, self.epoch = seed, 0
-        self.balanced = flops is not None
-        self.weight = lengths.tokens.astype(float) if flops is None else flops
-        self.groups = [lengths.views > 0, lengths.views == 0] if by_modality else [lengths.views >= 0]
+        self.flops = flops
+        self.groups: list[np.ndarray] = []  # [N] each, which rows are in it
+        if by_modality and isinstance(lengths, Lengths):
+            self.groups = [lengths.views > 0, lengths.views == 0]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before every epoch, also when a run is resumed in the middle of one."""
@@ -85,7 +96,7 @@ class MicroBatches(Sampler[list[int]]):
         """The rows of each optimiser step of this epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).numpy()
-        if len(self.groups) > 1:
+        if self.groups:
             size = self.ranks * self.batch_size * self.accumulation
             steps, rest = [], []
             for group in self.groups:
@@ -102,13 +113,17 @@ class MicroBatches(Sampler[list[int]]):
         """The micro-batches of one global batch."""
         steps = self._micro_steps(len(batch))
         count = steps * self.ranks
-        order = batch[np.argsort(-self.weight[batch], kind="stable")]
-        if not self.balanced:
+        sizes = self.lengths.take(batch)
+        weight = sizes.tokens.astype(float) if self.flops is None else self.flops(sizes)  # [rows]
+        order = np.argsort(-weight, kind="stable")  # places in the batch
+        if self.flops is None:
             room = [len(batch) // count + (i < len(batch) % count) for i in range(count)]
-            parts = _fill(order, self.weight, room)
-            return [parts[at : at + self.ranks] for at in range(0, count, self.ranks)]
-        packs = _exchange(_fill(order, self.weight, [len(batch)] * count), self.weight)
-        return self._deal(packs)
+            parts = _fill(order, weight, room)
+            divided = [parts[at : at + self.ranks] for at in range(0, count, self.ranks)]
+        else:
+            packs = _exchange(_fill(order, weight, [len(batch)] * count), weight)
+            divided = self._deal(packs, weight)
+        return [[batch[part].tolist() for part in step] for step in divided]
 
     def _sizes(self, rows: int) -> list[int]:
         """Rows of each global batch."""
@@ -123,10 +138,10 @@ class MicroBatches(Sampler[list[int]]):
         wanted = -(-rows // (self.ranks * self.batch_size))
         return min(self.accumulation, wanted, rows // self.ranks)
 
-    def _deal(self, packs: list[list[int]]) -> Divided:
+    def _deal(self, packs: list[list[int]], weight: np.ndarray) -> Divided:
         """Packs of like weight in the same micro-step, and ranks even over all of them."""
-        weight = [self.weight[pack].sum() for pack in packs]
-        ranked = [packs[i] for i in np.argsort(weight, kind="stable")[::-1]]
+        totals = [weight[pack].sum() for pack in packs]
+        ranked = [packs[i] for i in np.argsort(totals, kind="stable")[::-1]]
         total = np.zeros(self.ranks)
         steps = []
         for at in range(0, len(ranked), self.ranks):
@@ -134,7 +149,7 @@ class MicroBatches(Sampler[list[int]]):
             # The heaviest of these goes to the rank that has done least.
             for rank, pack in zip(np.argsort(total, kind="stable"), ranked[at:], strict=False):
                 step[rank] = pack
-            total += [self.weight[pack].sum() for pack in step]
+            total += [weight[pack].sum() for pack in step]
             steps.append(step)
         return steps
 

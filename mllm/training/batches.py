@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -14,12 +15,16 @@ from transformers import TrainerCallback, TrainingArguments
 from mllm.config import RunConfig
 from mllm.data.collator import Collator
 from mllm.data.lengths import Lengths, Ranks, mixture_lengths
+from mllm.data.lengths_on_demand import LengthsOnDemand
 from mllm.data.mixture import Mixture
 from mllm.data.packing import PackingCollator, try_packing
 from mllm.data.pairs import PairCollator
-from mllm.data.sampler import MicroBatches
+from mllm.data.sampler import MicroBatches, Sizes
 from mllm.errors import ConfigError
 from mllm.training.flops import StepFlops, attention_flops, linear_flops
+
+# With more rows than these, lengths are measured when a step needs them: a core measures 3,000 rows a second.
+MEASURED_AHEAD = 100_000
 
 
 def make_collator(config: RunConfig, processor: Any) -> Any:
@@ -44,11 +49,15 @@ def micro_batches(
     data, options = config.data, config.train
     if config.on_pairs:
         return None
-    if data.packing or data.grouping != "none":
+    lengths: Sizes
+    whole_plan = data.grouping == "modality_length" or data.pack_length is not None  # needs all lengths
+    if not data.packing and data.grouping == "none":  # all alike: in the order of the epoch, none is measured
+        lengths = Lengths(*(np.broadcast_to(np.int32(0), len(rows)) for _ in fields(Lengths)))
+    elif whole_plan or len(rows) <= MEASURED_AHEAD:
         ranks = Ranks(args.process_index, args.world_size, gather_object)
         lengths = mixture_lengths(rows, collator, options.num_workers, args.should_save, ranks)
-    else:  # all alike: in the order of the epoch, and nothing is measured
-        lengths = Lengths(*(np.broadcast_to(np.int32(0), len(rows)) for _ in fields(Lengths)))
+    else:
+        lengths = LengthsOnDemand(rows, collator)
     batches = MicroBatches(
         lengths,
         options.per_device_batch_size,
@@ -56,7 +65,7 @@ def micro_batches(
         args.world_size,
         args.process_index,
         options.seed,
-        flops=row_flops(model, lengths, not data.feature_cache) if data.packing else None,
+        flops=row_flops(model, not data.feature_cache) if data.packing else None,
         by_modality=data.grouping == "modality_length",
     )
     if data.packing and data.pack_length is not None:
@@ -71,7 +80,7 @@ def _check_pack_length(batches: MicroBatches, limit: int, epochs: int) -> None:
         batches.set_epoch(epoch)
         for batch in batches.global_batches():
             packs = [pack for step in batches.divide(batch) for pack in step]
-            longest = max(longest, *(int(batches.lengths.tokens[pack].sum()) for pack in packs))
+            longest = max(longest, *(pack_tokens(batches, pack) for pack in packs))
     batches.set_epoch(0)
     if longest > limit:
         times = math.ceil(longest / limit)
@@ -81,12 +90,24 @@ def _check_pack_length(batches: MicroBatches, limit: int, epochs: int) -> None:
         )
 
 
-def row_flops(model: Any, lengths: Lengths, encodes: bool = True) -> np.ndarray:
-    """[N], FLOPs of each row in a step; a pack has the sum, since its rows do not attend to each other."""
+def pack_tokens(batches: MicroBatches, pack: list[int]) -> int:
+    """Tokens of the rows of a pack."""
+    return int(batches.lengths.take(np.array(pack)).tokens.sum())
+
+
+def row_flops(model: Any, encodes: bool = True) -> Callable[[Lengths], np.ndarray]:
+    """What gives the FLOPs of rows in a step, [rows], from their lengths.
+
+    A pack costs the sum of its rows, since they do not attend to each other.
+    """
     flops = step_flops(model, encodes)
-    tokens = lengths.tokens.astype(float)
-    linear = flops.token * tokens + flops.image * lengths.views + flops.label * lengths.labels
-    return linear + flops.square * tokens**2
+
+    def of(lengths: Lengths) -> np.ndarray:
+        tokens = lengths.tokens.astype(float)
+        linear = flops.token * tokens + flops.image * lengths.views + flops.label * lengths.labels
+        return linear + flops.square * tokens**2
+
+    return of
 
 
 def step_flops(model: Any, encodes: bool = True) -> StepFlops:

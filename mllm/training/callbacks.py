@@ -72,8 +72,9 @@ def known_lengths(batches: MicroBatches | None, rows: Mixture | RowStream, colla
     numbers = sample_numbers(len(rows))
     if pairs:
         return Known(None, numbers, rows)
-    if batches is not None and batches.lengths.tokens.any():  # else a plan that needed none
-        return Known(batches.lengths, np.arange(len(rows)), rows)
+    lengths = None if batches is None else batches.lengths
+    if isinstance(lengths, Lengths) and lengths.tokens.any():  # else a plan that needed none, or not yet
+        return Known(lengths, np.arange(len(rows)), rows)
     return Known(measure([rows[int(number)] for number in numbers], collator), numbers, rows)
 
 

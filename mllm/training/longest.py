@@ -22,6 +22,7 @@ from mllm.data.sampler import MicroBatches
 from mllm.data.schema import Row
 from mllm.model.checkpoint import part_of
 from mllm.training.aside import aside
+from mllm.training.batches import pack_tokens
 from mllm.training.steps import model_inputs
 
 SAMPLE = 512  # rows that are measured where the lengths of all are not known
@@ -41,7 +42,7 @@ def longest_rows(
     """
     if lengths is None:
         return numbers[:size].tolist()
-    if batches is not None and batches.balanced:
+    if batches is not None and batches.flops is not None:
         return _longest_pack(batches)
     order = np.argsort(-lengths.tokens, kind="stable")
     return numbers[order[:size]].tolist()
@@ -51,11 +52,13 @@ def _longest_pack(batches: MicroBatches) -> list[int]:
     """The longest pack of the global batches with most tokens, or with the longest rows, of the first epoch.
 
     Packs of one global batch are balanced, so the longest one is where most tokens are, or where a single
-    row outweighs the mean.
+    row outweighs the mean. Where lengths are not known, it is the longest of a sample of them.
     """
     batches.set_epoch(0)
     every = list(batches.global_batches())
-    tokens = [batches.lengths.tokens[batch] for batch in every]
+    if not isinstance(batches.lengths, Lengths):
+        every = every[:: -(-len(every) // TRIED)]
+    tokens = [batches.lengths.take(batch).tokens for batch in every]
     by_sum = np.argsort([-rows.sum() for rows in tokens], kind="stable")[:TRIED]
     by_row = np.argsort([-rows.max() for rows in tokens], kind="stable")[:TRIED]
     packs = [
@@ -64,7 +67,7 @@ def _longest_pack(batches: MicroBatches) -> list[int]:
         for step in batches.divide(every[number])
         for pack in step
     ]
-    return max(packs, key=lambda pack: int(batches.lengths.tokens[pack].sum()))
+    return max(packs, key=lambda pack: pack_tokens(batches, pack))
 
 
 class LongestFirst(TrainerCallback):

@@ -82,7 +82,7 @@ def make_manifest(rows: int, seed: int) -> Lengths:
 def ours(lengths: Lengths, args: argparse.Namespace) -> Steps:
     """Packs balanced by FLOPs."""
     shape = args.batch, args.accumulation, args.ranks
-    sampler = MicroBatches(lengths, *shape, seed=args.seed, flops=flops_of(lengths))
+    sampler = MicroBatches(lengths, *shape, seed=args.seed, flops=flops_of)
     for batch in sampler.global_batches():
         yield sampler.divide(batch)
 

@@ -150,7 +150,7 @@ def test_flops_are_those_counted(tuning: str) -> None:
         embeds = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
         states = model.language_model.model(inputs_embeds=embeds)[0]
         states.sum().backward()
-    found = row_flops(model, Lengths(*(np.array([n]) for n in (tokens, 0, 0))))
+    found = row_flops(model)(Lengths(*(np.array([n]) for n in (tokens, 0, 0))))
     text = model.config.text_config
     attention = 6 * text.num_hidden_layers * tokens**2 * text.hidden_size
     assert found[0] - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
