@@ -8,7 +8,7 @@ run over ten thousand rows. Memory is the proportional set size of the main proc
 (Linux), so that a page which several of them share is counted once. Each case has a process of its own.
 
 Cases: `jsonl`; `shards` (the same rows with their pictures as .tar shards); `packed` (data.packing, which
-measures all rows before the first step: once, and again from the file that the first run leaves).
+measures the rows of a step when it comes to it: twice, the second time they are known).
 """
 
 import argparse
