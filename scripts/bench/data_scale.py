@@ -8,7 +8,8 @@ run over ten thousand rows. Memory is the proportional set size of the main proc
 (Linux), so that a page which several of them share is counted once. Each case has a process of its own.
 
 Cases: `jsonl`; `shards` (the same rows with their pictures as .tar shards); `packed` (data.packing, which
-measures the rows of a step when it comes to it: twice, the second time they are known).
+measures the rows of a step when it comes to it); `grouped` (data.grouping, which measures all rows first).
+The last two run twice, and the second time they know what was measured.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for case in args.cases.split(","):
         base = in_a_process(case, few, folder, args)
-        if case == "packed":
-            found["packed_first_time"] = in_a_process(case, many, folder, args)
+        if case in ("packed", "grouped"):
+            found[f"{case}_first_time"] = in_a_process(case, many, folder, args)
         large = in_a_process(case, many, folder, args)
         extra = {at: large["megabytes"][at] - base["megabytes"][at] for at in large["megabytes"]}
         found[case] = {**large, "megabytes_of_few_rows": base["megabytes"], "extra_megabytes": extra}
@@ -177,7 +178,9 @@ def as_shards(rows: Path) -> Path:
 
 def recipe(told: dict[str, Any], path: Path, out: Path) -> dict[str, Any]:
     """The quickstart's first stage over these rows."""
-    data = {"path": str(path), "max_length": 512, "packing": told["case"] == "packed"}
+    data: dict[str, Any] = {"path": str(path), "max_length": 512, "packing": told["case"] == "packed"}
+    if told["case"] == "grouped":
+        data["grouping"] = "modality_length"
     if path.is_file():
         data["image_root"] = str(path.parent / "pictures")
     return {
