@@ -1,7 +1,7 @@
 """Lengths of rows that are measured when a step first needs them, so that no set is too large to start on.
 
-A step needs the lengths of its own rows and of no others. Every rank measures them for itself, in
-less than a millisecond a row, and keeps them beside the data, where other ranks, later epochs and later runs find them.
+A step needs the lengths of its own rows and of no others. Every rank measures them for itself, in less than
+a millisecond a row, and keeps them beside the data, where other ranks, later epochs and later runs find them.
 """
 
 from __future__ import annotations
