@@ -216,6 +216,16 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def sizes_of(row: Row, collator: Collator) -> tuple[int, ...]:
+    """One row's, in the order of the fields of `Lengths`; raises `DataError` as the collator does."""
+    encoded = collator.encode(row)
+    tiles, images = collator.processor.tiles, encoded.images
+    views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
+    labels = len(encoded.labels) - encoded.labels.count(IGNORE)
+    turns, empty = len(row["messages"]), empty_answers(row["messages"])
+    return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty
+
+
 class _Chunks(Dataset[Any]):
     """(first row, sizes [rows, 6] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
 
@@ -229,15 +239,6 @@ class _Chunks(Dataset[Any]):
         start = self.wanted[index] * CHUNK
         numbers = range(start, min(start + CHUNK, len(self.rows)))
         try:
-            return start, np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
+            return start, np.array([sizes_of(self.rows[i], self.collator) for i in numbers], dtype=np.int32)
         except DataError as error:
             return start, error  # raised in a worker it would arrive as a page of traceback
-
-    def _sizes(self, row: Row) -> tuple[int, ...]:
-        encoded = self.collator.encode(row)
-        tiles = self.collator.processor.tiles
-        images = encoded.images
-        views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-        labels = len(encoded.labels) - encoded.labels.count(IGNORE)
-        turns, empty = len(row["messages"]), empty_answers(row["messages"])
-        return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty
