@@ -131,8 +131,12 @@ def file_lengths(
         DataError: a row that could not be trained on; names it.
     """
     cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
-    if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
-        return Lengths(*np.load(cache))
+    try:
+        kept = np.load(cache)
+    except (OSError, ValueError, EOFError):  # none, or one that was copied in part
+        kept = None
+    if all(ranks.gather([kept is not None])):  # else all measure, or some would wait for what others skip
+        return Lengths(*kept)
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
     writable = os.access(cache.parent, os.W_OK)  # a read-only disk: measured every time
     unfinished = cache.with_suffix(".part") if writable else None

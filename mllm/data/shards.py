@@ -24,6 +24,7 @@ from pathlib import Path
 from tarfile import BLOCKSIZE, TarError
 from tarfile import open as open_tar
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -217,10 +218,13 @@ def index_path(shard: Path) -> Path:
 def shard_index(path: Path) -> ShardIndex:
     """The index of a shard, from beside it if it is of the same shard still."""
     kept, stamp = index_path(path), np.array(stamp_of(path))
-    if kept.is_file():
+    try:
         with np.load(kept) as file:
-            if "stamp" in file and np.array_equal(file["stamp"], stamp):
-                return ShardIndex(**{name: file[name] for name in file.files if name != "stamp"})
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, BadZipFile):  # none, or one that was copied in part
+        arrays = {}
+    if np.array_equal(arrays.pop("stamp", ()), stamp):
+        return ShardIndex(**arrays)
     index = make_index(list(scan(path)), path)
     if os.access(path.parent, os.W_OK):  # else the data are on a read-only disk: scanned every time
         save_index(index, path)

@@ -74,6 +74,16 @@ def test_known_lengths_are_read_again(
         file_lengths(rows, Collator(processor, max_length=200))
 
 
+def test_lengths_that_were_copied_in_part_are_measured_again(rows: Rows, processor: MllmProcessor) -> None:
+    first = file_lengths(rows, Collator(processor))
+    (kept,) = rows.path.parent.glob("*.npy")
+    whole = kept.read_bytes()
+    for size in (0, 40, len(whole) - 4):
+        kept.write_bytes(whole[:size])
+        assert_equal(file_lengths(rows, Collator(processor)), first)
+        assert kept.read_bytes() == whole
+
+
 def test_another_template_or_other_data_are_measured_anew(rows: Rows, processor: MllmProcessor) -> None:
     first = file_lengths(rows, Collator(processor))
     other = make_model(template="plain")[1]
