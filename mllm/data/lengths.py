@@ -161,11 +161,10 @@ def measure(
 
     `unfinished` keeps what is measured, and has what an earlier call had measured of the same rows.
     """
-    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)
+    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)  # no measured row has zero tokens
     rank_of = np.arange(len(rows)) // CHUNK % ranks.size  # [N], who measures the row
     fault = None
     with _store(unfinished, sizes) as file:
-        # No row has no tokens.
         wanted = [
             chunk
             for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
@@ -181,10 +180,10 @@ def measure(
                 file.seek(start * sizes[0].nbytes)
                 file.write(sizes[start : start + len(found)].tobytes())
     parts = ranks.gather([(fault, sizes[rank_of == ranks.rank])])
-    for rank, (fault, found) in enumerate(parts):
-        if fault:
-            raise DataError(fault)
-        sizes[rank_of == rank] = found
+    for rank, (fault_there, sizes_there) in enumerate(parts):
+        if fault_there:
+            raise DataError(fault_there)
+        sizes[rank_of == rank] = sizes_there
     return Lengths(*np.ascontiguousarray(sizes.T))
 
 
@@ -199,11 +198,9 @@ def _store(path: Path | None, sizes: np.ndarray) -> Iterator[IO[bytes] | None]:
         return
     path.touch()
     with path.open("r+b", buffering=0) as file:
-        known = file.read(sizes.nbytes)
-        whole = len(known) // sizes[0].nbytes
-        sizes[:whole] = np.frombuffer(known[: whole * sizes[0].nbytes], np.int32).reshape(
-            whole, sizes.shape[1]
-        )
+        known = np.fromfile(file, np.int32, sizes.size)
+        whole = len(known) // sizes.shape[1]  # rows; the last may be torn
+        sizes[:whole] = known[: whole * sizes.shape[1]].reshape(whole, sizes.shape[1])
         yield file
 
 
