@@ -29,6 +29,7 @@ _BUILDERS = {
     ".arrow": "arrow",
     **dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json"),
 }
+_NOTES = ("dataset_info.json", "dataset_infos.json")  # what the Hub keeps about the rows beside them
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def load(place: HfPlace, streaming: bool) -> Any:
     with readable(str(place), ConfigError):
         saved = _saved(place)
         if saved is not None:
-            return saved.to_iterable_dataset(num_shards=_files(saved)) if streaming else saved
+            parts = max(1, len(saved.cache_files))
+            return saved.to_iterable_dataset(num_shards=parts) if streaming else saved
         if Path(place.place).exists():
             builder, files = data_files(place)
             data = load_dataset(builder, data_files=files, split="train", streaming=streaming)
@@ -153,16 +155,12 @@ def _saved(place: HfPlace) -> Any:
     return load_from_disk(str(folder))
 
 
-def _files(data: Any) -> int:
-    return max(1, len(data.cache_files))
-
-
 def data_files(place: HfPlace) -> tuple[str, list[str]]:
     """The builder and the files of a local folder or file: those that begin with the split, or all."""
     root = Path(place.place)
     endings = tuple(_BUILDERS)
     every = root.rglob("*") if root.is_dir() else [root]
-    found = sorted(path for path in every if path.name.endswith(endings))
+    found = sorted(path for path in every if path.name.endswith(endings) and path.name not in _NOTES)
     kinds = {_BUILDERS["".join(path.suffixes[-1 - (path.suffix == ".gz") :])] for path in found}
     if len(kinds) != 1:
         has = f"files of the kinds {', '.join(sorted(kinds))}" if kinds else "no parquet, arrow or JSON files"

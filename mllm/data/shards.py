@@ -112,19 +112,12 @@ class ShardSource:
         if stamp_of(path) != self.stamps[shard]:
             raise DataError(f"{path} has changed since it was opened; start again")
         members = self.shards[shard].members(sample)
-        where = f"{path}#{key_of(members[0][0])}"
-        images = {
-            name.rpartition("/")[2]: FileSpan(str(path), offset, size, name)
-            for name, offset, size in members
-            if kind_of(name) in PICTURES
-        }
-        texts = {
-            kind_of(name): FileSpan(str(path), offset, size, name).read()
-            for name, offset, size in members
-            if kind_of(name) in TEXTS
-        }
-        row = _row_of(texts, where)
-        return place_images({"id": key_of(members[0][0]), **row}, images, where)
+        spans = [FileSpan(str(path), offset, size, name) for name, offset, size in members]
+        key = key_of(members[0][0])
+        where = f"{path}#{key}"
+        images = {span.name.rpartition("/")[2]: span for span in spans if kind_of(span.name) in PICTURES}
+        texts = {kind_of(span.name): span.read() for span in spans if kind_of(span.name) in TEXTS}
+        return place_images({"id": key, **_row_of(texts, where)}, images, where)
 
     def identity(self) -> str:
         """A hash of all members' names, places and sizes: not of their content, which may be terabytes."""

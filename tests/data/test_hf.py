@@ -201,6 +201,12 @@ def test_compressed_lines_and_bare_bytes_are_read(tmp_path: Path) -> None:
         open_rows(path)
 
 
+def test_what_the_hub_notes_beside_the_rows_is_no_data(tmp_path: Path) -> None:
+    Dataset.from_list([{"image": "a.jpg", "caption": "cat"}]).to_parquet(tmp_path / "train-0.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(open_rows(f"hf:{tmp_path}")) == 1
+
+
 def test_a_split_of_a_set_without_splits_is_refused(tmp_path: Path) -> None:
     """It would be the training rows under another name."""
     Dataset.from_list([{"image": "a.jpg", "caption": "cat"}]).save_to_disk(tmp_path / "saved")
