@@ -5,11 +5,12 @@ Faults are collected, not raised, so that one pass over the data finds all of th
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mllm.data.files import track
 from mllm.data.mixture import Mixture
+from mllm.data.schema import empty_answers, name_of
 from mllm.errors import DataError
 
 CHUNK = 32
@@ -31,6 +33,8 @@ class DataCheck:
         pictures: that were decoded; with tiling, their views.
         turns, dropped: messages, and those that `data.max_length` has no room for.
         over: rows that are shortened for it.
+        empty: answers without text; they are trained on, by their end token alone.
+        first_empty: the first row that has one.
         bad: row and fault of each row that cannot be trained on.
         longest: numbers of the longest good rows, the longest first.
         tokens: of the longest row.
@@ -41,6 +45,8 @@ class DataCheck:
     turns: int = 0
     dropped: int = 0
     over: int = 0
+    empty: int = 0
+    first_empty: str = ""
     bad: list[dict[str, str]] = field(default_factory=list)
     longest: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -50,6 +56,10 @@ class DataCheck:
         """How often each kind of fault was found; names and numbers in a message do not make a kind."""
         kinds = Counter(re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'...'", one["fault"])) for one in self.bad)
         return dict(kinds.most_common())
+
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**asdict(self), "faults": self.faults}
 
 
 def check_rows(
@@ -75,21 +85,26 @@ def check_rows(
     pairs = np.stack([data.source.astype(np.int64), data.row])
     numbers = np.sort(np.unique(pairs, axis=1, return_index=True)[1])[rank::ranks]
     chunks: Any = DataLoader(_Chunks(data, collator, numbers), batch_size=None, num_workers=workers)
-    found, lengths = DataCheck(rows=len(numbers)), []
+    found = DataCheck(rows=len(numbers))
+    longest: list[tuple[int, int]] = []  # a heap of (tokens, minus the number)
     for chunk in track(chunks, "data", len(chunks), show):
         for number, result in chunk:
             if isinstance(result, dict):
                 found.bad.append(result)
                 continue
-            tokens, pictures, turns, dropped = result
-            lengths.append((tokens, number))
+            tokens, pictures, turns, dropped, empty = result
+            heapq.heappush(longest, (tokens, -number))
+            if len(longest) > keep:
+                heapq.heappop(longest)
             found.pictures += pictures
             found.turns += turns
             found.dropped += dropped
             found.over += dropped > 0
-    lengths.sort(key=lambda one: (-one[0], one[1]))
-    found.longest = [number for _, number in lengths[:keep]]
-    found.tokens = lengths[0][0] if lengths else 0
+            if empty:
+                found.empty += empty
+                found.first_empty = found.first_empty or name_of(data[number])
+    found.longest = [-number for _, number in sorted(longest, reverse=True)]
+    found.tokens = max(longest, default=(0, 0))[0]
     return found
 
 
@@ -115,4 +130,5 @@ class _Chunks(Dataset[Any]):
             return {"row": where, "fault": fault or str(error)}
         counts = batch["counts"]
         tokens, pictures = (sum(getattr(count, key) for count in counts) for key in ("tokens", "views"))
-        return tokens, pictures, len(row["messages"]), batch.get("dropped_turns", 0)
+        turns, empty = len(row["messages"]), empty_answers(row["messages"])
+        return tokens, pictures, turns, batch.get("dropped_turns", 0), empty

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mllm.data.schema import Row
+from mllm.data.schema import Row, name_of
 from mllm.data.tokens import IGNORE, pad_rows
 from mllm.errors import DataError
 
@@ -117,7 +117,7 @@ class Collator:
             raise DataError(f"{name_of(row)}: {placeholders} image placeholders where {wanted} must stand")
         # The first label is never predicted: there is nothing before it, except for a decoder.
         predicted = encoded.labels if self.processor.encoder_decoder else encoded.labels[1:]
-        if all(label == IGNORE for label in predicted):
+        if predicted.count(IGNORE) == len(predicted):
             raise DataError(f"{name_of(row)}: nothing to learn, no token is supervised; remove the row")
         return encoded
 
@@ -137,7 +137,7 @@ class Collator:
             dataset=row.get("dataset", ""),
             tokens=len(encoded.input_ids) + answer,
             image_tokens=sum(encoded.image_tokens),
-            labels=sum(label != IGNORE for label in labels),
+            labels=len(labels) - labels.count(IGNORE),
             views=views,
         )
 
@@ -148,9 +148,3 @@ class Collator:
             return self.processor.image_inputs(images)
         except DataError as error:
             raise DataError(f"{name_of(row)}: {error}") from error
-
-
-def name_of(row: Row) -> str:
-    """How errors call a row: its place in the file if a reader noted it, and its id."""
-    source = row.get("source")
-    return f"{source} (id {row['id']})" if source else f"row {row['id']}"

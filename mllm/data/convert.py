@@ -11,13 +11,14 @@ from typing import Any
 
 from mllm.data.files import atomic_writer, track
 from mllm.data.grounding import BoxTasks
-from mllm.data.rows import open_rows
+from mllm.data.rows import Rows, open_rows
+from mllm.data.schema import Row, check_last, empty_answers, images_of, name_of
 from mllm.errors import ConfigError, DataError
 
 
 @dataclass
 class Conversion:
-    """What a conversion did."""
+    """What a conversion did; `empty_answers` are those without text, the first of them in `first_empty`."""
 
     output: Path
     rows: int = 0
@@ -25,7 +26,24 @@ class Conversion:
     bad: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
     first_bad: str = ""
+    empty_answers: int = 0
+    first_empty: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+
+    def count(self, row: Row, where: str) -> None:
+        """A row was written."""
+        self.rows += 1
+        self.images += len(images_of(row["messages"]))
+        if empty := empty_answers(row["messages"]):
+            self.empty_answers += empty
+            self.first_empty = self.first_empty or name_of({**row, "source": where})
+
+    def count_bad(self, fault: str, where: str) -> None:
+        """A row was left out."""
+        self.bad += 1
+        self.first_bad = self.first_bad or fault
+        reason = _reason(fault, where)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
 def convert(
@@ -73,25 +91,31 @@ def convert(
     with atomic_writer(output) as file:
         for i in track(range(len(rows)), f"convert {source.name}", len(rows), progress):
             try:
-                row = rows.as_written(i)
-                rows.resolve(row, rows.where(i))  # raises where an image is missing
+                row = _written(rows, i)
             except DataError as error:
                 if on_error == "error":
                     raise
-                done.bad += 1
-                done.first_bad = done.first_bad or str(error)
-                reason = _reason(str(error), rows.where(i))
-                done.reasons[reason] = done.reasons.get(reason, 0) + 1
+                done.count_bad(str(error), rows.where(i))
                 continue
             file.write(json.dumps(row, ensure_ascii=False, default=_no_path) + "\n")
-            done.rows += 1
-            done.images += sum(p["type"] == "image" for m in row["messages"] for p in m["content"])
+            done.count(row, rows.where(i))
         if done.rows == 0 or done.bad > max_bad * len(rows):
             raise DataError(
                 f"{source}: {done.bad} of {len(rows)} rows are bad, more than the share "
                 f"max_bad={max_bad} allows; the first: {done.first_bad}"
             )
     return done
+
+
+def _written(rows: Rows, index: int) -> Row:
+    """A row as the file has it, once nothing in it would stop a training."""
+    row, where = rows.as_written(index), rows.where(index)
+    rows.resolve(row, where)  # raises where an image is missing
+    try:
+        check_last(row["messages"], "assistant")
+    except DataError as error:
+        raise DataError(f"{name_of({**row, 'source': where})}: {error}") from None
+    return row
 
 
 def _no_path(image: Any) -> Any:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.panel import Panel
 from rich.text import Text
 
-from mllm.data.collator import Collator, name_of
-from mllm.data.schema import Row
+from mllm.data.collator import Collator
+from mllm.data.schema import Row, name_of
 from mllm.data.tokens import IGNORE
 
 if TYPE_CHECKING:

@@ -3,7 +3,8 @@
 Sampling by length and packing need the lengths of all rows. They come from the same code that makes the
 batches, so they are exact (LLaVA's are words, at 128 an image). Tokenising a large set takes minutes, so all
 workers of all ranks measure a part each, and the result is kept beside the data, under a name that changes
-with the data, the processor and this package.
+with the data, the processor and this package. What is measured is kept as it comes: a count that is broken
+off goes on from there, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -26,7 +28,7 @@ from mllm.data.files import atomic_path, sha256_of, track
 from mllm.data.images import image_size
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
-from mllm.data.schema import Row
+from mllm.data.schema import Row, empty_answers
 from mllm.data.tokens import IGNORE
 from mllm.errors import DataError
 
@@ -43,6 +45,7 @@ class Lengths:
         views: [N], pictures that the vision encoder sees: images, or with tiling their views.
         turns: [N], messages of the row as it is in the file.
         dropped: [N], those of them that `data.max_length` has no room for.
+        empty: [N], answers without text, as the row is in the file.
     """
 
     tokens: np.ndarray
@@ -50,6 +53,7 @@ class Lengths:
     views: np.ndarray
     turns: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     dropped: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    empty: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     @property
     def over(self) -> float:
@@ -127,13 +131,21 @@ def file_lengths(
         DataError: a row that could not be trained on; names it.
     """
     cache = rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
-    if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
-        return Lengths(*np.load(cache))
+    try:
+        kept = np.load(cache)
+    except (OSError, ValueError, EOFError):  # none, or one that was copied in part
+        kept = None
+    if all(ranks.gather([kept is not None])):  # else all measure, or some would wait for what others skip
+        return Lengths(*kept)
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
-    lengths = measure(wanted, collator, workers, show, ranks)
-    if ranks.rank == 0 and os.access(cache.parent, os.W_OK):  # a read-only disk: measured every time
+    writable = os.access(cache.parent, os.W_OK)  # a read-only disk: measured every time
+    unfinished = cache.with_suffix(".part") if writable else None
+    lengths = measure(wanted, collator, workers, show, ranks, unfinished)
+    if ranks.rank == 0 and unfinished is not None:
         with atomic_path(cache) as partial:
             np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
+        unfinished.unlink(missing_ok=True)  # by another run on the same data
+    ranks.gather([None])  # or the next who asks might not find what is still being written
     return lengths
 
 
@@ -143,24 +155,53 @@ def measure(
     workers: int = 0,
     show: bool = False,
     ranks: Ranks = ALONE,
+    unfinished: Path | None = None,
 ) -> Lengths:
-    """Sizes of rows, in their order; see `file_lengths`."""
-    chunks = _Chunks(rows, collator)
-    mine = range(ranks.rank, len(chunks), ranks.size)
-    found: Any = DataLoader(Subset(chunks, mine), batch_size=None, num_workers=workers)
-    sizes: list[np.ndarray] = []
+    """Sizes of rows, in their order; see `file_lengths`.
+
+    `unfinished` keeps what is measured, and has what an earlier call had measured of the same rows.
+    """
+    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)  # no measured row has zero tokens
+    rank_of = np.arange(len(rows)) // CHUNK % ranks.size  # [N], who measures the row
     fault = None
-    for chunk in track(found, "lengths", len(mine), show):
-        if isinstance(chunk, DataError):
-            fault = str(chunk)
-            break  # and tell the others, who would wait
-        sizes.append(chunk.numpy())
-    parts = ranks.gather([(fault, sizes)])
-    for fault, _ in parts:
-        if fault:
-            raise DataError(fault)
-    in_order = [parts[i % ranks.size][1][i // ranks.size] for i in range(len(chunks))]
-    return Lengths(*np.concatenate(in_order).T)
+    with _store(unfinished, sizes) as file:
+        wanted = [
+            chunk
+            for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
+            if not sizes[chunk * CHUNK : (chunk + 1) * CHUNK, 0].all()
+        ]
+        chunks: Any = DataLoader(_Chunks(rows, collator, wanted), batch_size=None, num_workers=workers)
+        for start, found in track(chunks, "measuring rows, once for all runs", len(wanted), show):
+            if isinstance(found, DataError):
+                fault = str(found)
+                break  # and tell the others, who would wait
+            sizes[start : start + len(found)] = found
+            if file is not None:
+                file.seek(start * sizes[0].nbytes)
+                file.write(sizes[start : start + len(found)].tobytes())
+    parts = ranks.gather([(fault, sizes[rank_of == ranks.rank])])
+    for rank, (fault_there, sizes_there) in enumerate(parts):
+        if fault_there:
+            raise DataError(fault_there)
+        sizes[rank_of == rank] = sizes_there
+    return Lengths(*np.ascontiguousarray(sizes.T))
+
+
+@contextmanager
+def _store(path: Path | None, sizes: np.ndarray) -> Iterator[IO[bytes] | None]:
+    """The file that keeps `sizes` row by row, with what it has of them read; zeros where it has nothing.
+
+    Each row has its place in it, so ranks, or two runs on the same data, may write at the same time.
+    """
+    if path is None:
+        yield None
+        return
+    path.touch()
+    with path.open("r+b", buffering=0) as file:
+        known = np.fromfile(file, np.int32, sizes.size)
+        whole = len(known) // sizes.shape[1]  # rows; the last may be torn
+        sizes[:whole] = known[: whole * sizes.shape[1]].reshape(whole, sizes.shape[1])
+        yield file
 
 
 def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:
@@ -176,26 +217,29 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-class _Chunks(Dataset[Any]):
-    """Sizes of `CHUNK` rows at a time: [rows, 5]."""
+def sizes_of(row: Row, collator: Collator) -> tuple[int, ...]:
+    """One row's, in the order of the fields of `Lengths`; raises `DataError` as the collator does."""
+    encoded = collator.encode(row)
+    tiles, images = collator.processor.tiles, encoded.images
+    views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
+    labels = len(encoded.labels) - encoded.labels.count(IGNORE)
+    turns, empty = len(row["messages"]), empty_answers(row["messages"])
+    return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty
 
-    def __init__(self, rows: Sequence[Row], collator: Collator):
-        self.rows, self.collator = rows, collator
+
+class _Chunks(Dataset[Any]):
+    """(first row, sizes [rows, 6] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
+
+    def __init__(self, rows: Sequence[Row], collator: Collator, wanted: Sequence[int]):
+        self.rows, self.collator, self.wanted = rows, collator, wanted
 
     def __len__(self) -> int:
-        return math.ceil(len(self.rows) / CHUNK)
+        return len(self.wanted)
 
-    def __getitem__(self, chunk: int) -> np.ndarray | DataError:
-        numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.rows)))
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | DataError]:
+        start = self.wanted[index] * CHUNK
+        numbers = range(start, min(start + CHUNK, len(self.rows)))
         try:
-            return np.array([self._sizes(self.rows[i]) for i in numbers], dtype=np.int32)
+            return start, np.array([sizes_of(self.rows[i], self.collator) for i in numbers], dtype=np.int32)
         except DataError as error:
-            return error  # raised in a worker it would arrive as a page of traceback
-
-    def _sizes(self, row: Row) -> tuple[int, ...]:
-        encoded = self.collator.encode(row)
-        tiles = self.collator.processor.tiles
-        images = encoded.images
-        views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-        labels = sum(label != IGNORE for label in encoded.labels)
-        return len(encoded.input_ids), labels, views, len(row["messages"]), encoded.dropped_turns
+            return start, error  # raised in a worker it would arrive as a page of traceback

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mllm.data.collator import RowCount, name_of
+from mllm.data.collator import RowCount
 from mllm.data.images import load_image
-from mllm.data.schema import Row, images_of, message_text
+from mllm.data.schema import Row, images_of, message_text, name_of
 from mllm.errors import DataError
 
 if TYPE_CHECKING:

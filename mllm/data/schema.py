@@ -45,6 +45,14 @@ class Row(TypedDict):
     dataset: NotRequired[str]
 
 
+def name_of(row: Row) -> str:
+    """How errors call a row: its place in the file if a reader noted it, and its id."""
+    source = row.get("source")
+    if row["id"] == source:  # it has none of its own
+        return row["id"]
+    return f"{source} (id {row['id']})" if source else f"row {row['id']}"
+
+
 def text_part(text: str) -> Part:
     """A text part."""
     return {"type": "text", "text": text}
@@ -71,6 +79,18 @@ def assistant(text: str) -> Message:
 def message_text(message: Message) -> str:
     """The text parts of a message, joined."""
     return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def empty_answers(messages: Sequence[Message]) -> int:
+    """Answers without text, which train a model to say nothing: their end token is all that is supervised."""
+    return sum(m["role"] == "assistant" and not message_text(m).strip() for m in messages)
+
+
+def check_last(messages: Sequence[Message], role: Literal["user", "assistant"]) -> None:
+    """Raise `DataError` unless this one speaks last: an assistant to learn from, a user to be answered."""
+    if messages[-1]["role"] != role:
+        wanted = "a 'user'" if role == "user" else "an 'assistant'"
+        raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")
 
 
 def images_of(messages: Sequence[Message]) -> list[Any]:

@@ -12,16 +12,16 @@ The named templates follow LLaVA's `conversation.py` (strings) and `train.py` (w
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mllm.data.schema import Message, message_text
+from mllm.data.schema import Message, assistant, message_text
 from mllm.errors import ConfigError, DataError
 
 IMAGE = "<image>"
@@ -162,8 +162,7 @@ TEMPLATES = {
 }
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A run of rendered text.
 
     Attributes:
@@ -225,7 +224,7 @@ def adds_prefix_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 def render(
     messages: Sequence[Message],
     template: str,
-    special_tokens: dict[str, Any],
+    special_tokens: Mapping[str, str],
     ends: Sequence[str] = (),
     *,
     parts: bool = True,
@@ -246,101 +245,123 @@ def render(
     Raises:
         DataError: the template drops or repeats a content, or refuses the conversation.
     """
-    turns = (
-        [*messages, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]
-        if open_answer
-        else messages
-    )
-    slots: list[tuple[str, str]] = []  # (role, text)
-
-    def slot(role: str, text: str) -> str:
-        slots.append((role, text))
-        return f"\ue000{len(slots) - 1}\ue001"
-
-    chat = [{"role": m["role"], "content": _slotted(m, slot, parts)} for m in turns]
-    marked = MARK.search(template) is not None
-    try:
-        rendered: Any = render_jinja_template(  # annotated as a string; it is a pair
-            conversations=[chat],
-            chat_template=template,
-            return_assistant_tokens_mask=marked,
-            **special_tokens,
+    turns = [*messages, assistant("")] if open_answer else messages
+    shape = tuple((m["role"], _kinds(m)) for m in turns)
+    outline = _outline(shape, template, tuple(special_tokens.items()), tuple(ends), parts)
+    contents = [text for message in turns for text in _texts(message)]
+    if outline.lost is not None:
+        raise DataError(
+            f"the chat template has no place for this {outline.roles[outline.lost]} text: "
+            f"{contents[outline.lost][:60]!r}; use another template"
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise DataError(f"the chat template refuses this conversation: {error}") from error
-    texts, spans = rendered
-    pieces = _split(texts[0], spans[0] if marked else None, slots, ends)
+    pieces = [
+        piece if slot is None else Piece(contents[slot], piece.source, piece.supervised)
+        for slot, piece in outline.pieces
+    ]
     if open_answer:
         last = max(i for i, piece in enumerate(pieces) if piece.source == "answer")
         pieces = pieces[:last]
     return pieces
 
 
-def _slotted(message: Any, slot: Any, parts: bool) -> Any:
-    role = message["role"]
-    if role != "user":
-        content: list[Any] = [{"type": "text", "text": slot(role, message_text(message))}]
-    else:
-        content = [
-            {"type": "image"}
-            if part["type"] == "image"
-            else {"type": "text", "text": slot(role, part["text"])}
-            for part in message["content"]
-        ]
+def _kinds(message: Message) -> tuple[str, ...]:
+    """What the parts of a message are for a template: only a user's are more than one text."""
+    return tuple(part["type"] for part in message["content"]) if message["role"] == "user" else ("text",)
+
+
+def _texts(message: Message) -> list[str]:
+    """What stands in the slots of a message."""
+    if message["role"] != "user":
+        return [message_text(message)]
+    return [part["text"] for part in message["content"] if part["type"] == "text"]
+
+
+class _Outline(NamedTuple):
+    """A rendered conversation without its contents.
+
+    Attributes:
+        pieces: (slot, piece) in order; the slot is None where the piece is the template's own text.
+        roles: of each slot.
+        lost: the first slot that the template leaves out and must not.
+    """
+
+    pieces: tuple[tuple[int | None, Piece], ...]
+    roles: tuple[str, ...]
+    lost: int | None
+
+
+# Contents are not rendered: a template runs once for all conversations of one shape.
+@lru_cache(maxsize=1024)
+def _outline(
+    shape: tuple[tuple[str, tuple[str, ...]], ...],
+    template: str,
+    special_tokens: tuple[tuple[str, str], ...],
+    ends: tuple[str, ...],
+    parts: bool,
+) -> _Outline:
+    """Render (role, kinds of parts) of each message; other arguments and errors as of `render`."""
+    roles = tuple(role for role, kinds in shape for kind in kinds if kind == "text")
+    slots = (f"\ue000{slot}\ue001" for slot in range(len(roles)))
+    chat = [{"role": role, "content": _slotted(kinds, slots, parts)} for role, kinds in shape]
+    marked = MARK.search(template) is not None
+    options: dict[str, Any] = dict(special_tokens)
+    try:
+        rendered: Any = render_jinja_template(  # annotated as a string; it is a pair
+            conversations=[chat],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            **options,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise DataError(f"the chat template refuses this conversation: {error}") from error
+    texts, spans = rendered
+    found = [int(match.group(1)) for match in SLOT.finditer(texts[0])]
+    lost = _lost(found, roles)
+    pieces = () if lost is not None else _split(texts[0], spans[0] if marked else None, roles, ends)
+    return _Outline(tuple(pieces), roles, lost)
+
+
+def _slotted(kinds: Sequence[str], slots: Iterator[str], parts: bool) -> Any:
+    content = [{"type": "image"} if k == "image" else {"type": "text", "text": next(slots)} for k in kinds]
     return content if parts else "".join(part.get("text", IMAGE) for part in content)
 
 
 def _split(
     text: str,
     spans: list[tuple[int, int]] | None,
-    slots: list[tuple[str, str]],
+    roles: Sequence[str],
     ends: Sequence[str],
-) -> list[Piece]:
+) -> Iterator[tuple[int | None, Piece]]:
     """Cut rendered text at its slots and at the borders of what is supervised."""
     found = list(SLOT.finditer(text))
-    _check_slots([int(match.group(1)) for match in found], slots)
-    answers = [match for match in found if slots[int(match.group(1))][0] == "assistant"]
+    answers = [match for match in found if roles[int(match.group(1))] == "assistant"]
     if spans is None:
         spans = [(match.start(), _end_of_turn(text, match.end(), ends)) for match in answers]
     # A prompt ends where the answer begins, so nothing in front of it (a role name) is for the model to say.
     starts = [[match.start() for match in answers if a <= match.start() < b] for a, b in spans]
     spans = [(inside[0], b) for inside, (_, b) in zip(starts, spans, strict=True) if inside]
-    cuts = sorted(
-        {
-            0,
-            len(text),
-            *(c for match in found for c in match.span()),
-            *(c for s in spans for c in s),
-        }
-    )
-    pieces = []
-    for start, stop in pairwise(cuts):
-        supervised = any(a <= start and stop <= b for a, b in spans)
+    cuts = {0, len(text), *(c for match in found for c in match.span()), *(c for s in spans for c in s)}
+    for start, stop in pairwise(sorted(cuts)):
         match = SLOT.fullmatch(text, start, stop)
-        if match:
-            role, content = slots[int(match.group(1))]
-            pieces.append(Piece(content, "answer" if role == "assistant" else "user", supervised))
-        else:
-            pieces.append(Piece(text[start:stop], "template", supervised))
-        if supervised and (
-            pieces[-1].source == "user" or (pieces[-1].source == "template" and IMAGE in text[start:stop])
-        ):
+        slot = int(match.group(1)) if match else None
+        source: Literal["template", "user", "answer"] = "template"
+        if slot is not None:
+            source = "answer" if roles[slot] == "assistant" else "user"
+        piece = Piece(text[start:stop], source, any(a <= start and stop <= b for a, b in spans))
+        if piece.supervised and (source == "user" or (source == "template" and IMAGE in piece.text)):
             raise DataError("the chat template marks a user's message as supervised; use another template")
-    return pieces
+        yield slot, piece
 
 
-def _check_slots(order: list[int], slots: list[tuple[str, str]]) -> None:
+def _lost(order: list[int], roles: Sequence[str]) -> int | None:
+    """The first slot that must be among those that were rendered, and is not."""
     if order != sorted(set(order)):
         raise DataError("the chat template repeats or reorders messages; use another template")
-    missing = set(range(len(slots))) - set(order)
-    users = {i for i, (role, _) in enumerate(slots) if role == "user"}
+    missing = set(range(len(roles))) - set(order)
+    users = {slot for slot, role in enumerate(roles) if role == "user"}
     # `plain` renders no instruction at all; dropping only some of them would be a silent loss.
-    lost = sorted(missing - users) or (sorted(missing) if missing != users else [])
-    if lost:
-        role, text = slots[lost[0]]
-        raise DataError(
-            f"the chat template has no place for this {role} text: {text[:60]!r}; use another template"
-        )
+    lost = missing - users or (missing if missing != users else set())
+    return min(lost, default=None)
 
 
 def _end_of_turn(text: str, start: int, ends: Sequence[str]) -> int:

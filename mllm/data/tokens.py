@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm.data.templates import Piece, adds_bos, adds_prefix_space
 
@@ -25,11 +25,20 @@ class PieceTokenizer:
     Args:
         tokenizer: any Hugging Face tokenizer.
         image_token_id: id of the image marker, one a marker; expansion comes later.
+
+    Attributes:
+        names: special tokens that have a name, as templates know them.
+        ends: special tokens that may end an answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token_id: int):
         self.tokenizer = tokenizer
         self.image_token_id = image_token_id
+        image = str(tokenizer.convert_ids_to_tokens(image_token_id))
+        self.names = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        # `all_special_tokens` has only those with a name of their own: not the `<|end|>` of Phi.
+        added = tokenizer.added_tokens_decoder.values()
+        self.ends = [token.content for token in added if token.special and token.content != image]
         # Ids of special tokens alone, which are half of all that is tokenised; None until asked for.
         self.known: dict[str, list[int] | None] = dict.fromkeys(tokenizer.get_added_vocab())
         self.prefix_space = adds_prefix_space(tokenizer)
@@ -38,8 +47,7 @@ class PieceTokenizer:
         special = sorted(self.known, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)))
         # LLaVA tokenises what follows the beginning of a sequence, or an image, as a text of its own.
-        starts = [tokenizer.bos_token if adds_bos(tokenizer) else None]
-        starts.append(str(tokenizer.convert_ids_to_tokens(image_token_id)))
+        starts = [tokenizer.bos_token if adds_bos(tokenizer) else None, image]
         self.starts = re.compile("(" + "|".join(re.escape(token) for token in starts if token) + ")")
 
     def __call__(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int]]:
@@ -60,10 +68,23 @@ class PieceTokenizer:
             return []
         if parse_special and (known := self.known.get(text)) is not None:
             return list(known)
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=not parse_special)
-        ids = list(encoded["input_ids"])
+        ids = self._tokenise(text, parse_special)
         if parse_special and text in self.known:
             self.known[text] = list(ids)
+        return ids
+
+    def _tokenise(self, text: str, parse_special: bool) -> list[int]:
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            options = {"add_special_tokens": False, "split_special_tokens": not parse_special}
+            return list(self.tokenizer(text, **options)["input_ids"])
+        # The same without all that transformers makes of a text beside its ids, which takes as long again.
+        backend = self.tokenizer.backend_tokenizer
+        if backend.padding or backend.truncation:  # another call has left them
+            backend.no_padding()
+            backend.no_truncation()
+        if backend.encode_special_tokens == parse_special:
+            backend.encode_special_tokens = not parse_special
+        ids: list[int] = backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def _masked(self, run: Sequence[Piece], before: str) -> list[int]:
@@ -137,10 +158,9 @@ def expand_images(
     """Repeat each image placeholder as often as its image has tokens; labels there are masked."""
     long_ids: list[int] = []
     long_labels: list[int] = []
-    of_images = iter(counts)
     start = 0
-    for place in [i for i, token in enumerate(ids) if token == image_token_id]:
-        count = next(of_images)
+    for count in counts:
+        place = ids.index(image_token_id, start)
         long_ids += [*ids[start:place], *[image_token_id] * count]
         long_labels += [*labels[start:place], *[labels[place]] * count]
         start = place + 1

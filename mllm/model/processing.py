@@ -5,6 +5,7 @@ The same object prepares training, evaluation, chat and export, and is saved wit
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from mllm.data.images import image_size, load_image
-from mllm.data.schema import Message, check_roles, images_of, message_text
+from mllm.data.schema import Message, check_last, check_roles, images_of, message_text
 from mllm.data.templates import IMAGE, Piece, chat_template, render
 from mllm.data.tokens import IGNORE, PieceTokenizer, expand_images, pad_rows
 from mllm.errors import ConfigError, DataError
@@ -124,6 +125,7 @@ class MllmProcessor(ProcessorMixin):
     def set_template(self, name: str) -> None:
         """Use the named template from now on (`mllm.data.templates`, or `tokenizer` for its own)."""
         self.chat_template = chat_template(name, self.tokenizer)
+        self.__dict__.pop("piece_tokenizer", None)
         # A text-only template takes strings: found by trying, because templates do not declare it.
         self.content_parts = True
         probe: list[Message] = [
@@ -152,7 +154,6 @@ class MllmProcessor(ProcessorMixin):
         last = supervised[-1].strip()
         # `plain` ends with a newline, which is no stop token; its answers also end at end-of-sequence.
         self.end_token = last if last in self.tokenizer.get_added_vocab() else None
-        self.__dict__.pop("piece_tokenizer", None)
 
     @property
     def end_token_ids(self) -> list[int]:
@@ -177,14 +178,11 @@ class MllmProcessor(ProcessorMixin):
         """The conversation as text, cut where supervision begins and ends."""
         if self.chat_template is None:
             raise ConfigError("this processor has no chat template; call set_template(name)")
-        specials = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        # `all_special_tokens` has only those with a name of their own: not the `<|end|>` of Phi.
-        added = self.tokenizer.added_tokens_decoder.values()
         return render(
             messages,
             str(self.chat_template),
-            specials,
-            [token.content for token in added if token.special and token.content != IMAGE],
+            self.piece_tokenizer.names,
+            self.piece_tokenizer.ends,
             parts=self.content_parts,
             open_answer=open_answer,
         )
@@ -206,9 +204,7 @@ class MllmProcessor(ProcessorMixin):
             DataError: roles out of order, a template that loses an image, an id the model cannot embed.
         """
         check_roles(messages, "conversation")
-        if open_answer != (messages[-1]["role"] == "user"):
-            wanted = "a 'user'" if open_answer else "an 'assistant'"
-            raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")
+        check_last(messages, "user" if open_answer else "assistant")
         pieces = self.pieces(messages, open_answer)
         ids, labels = self.piece_tokenizer(pieces)
         images = images_of(messages)
@@ -241,20 +237,24 @@ class MllmProcessor(ProcessorMixin):
         Raises:
             DataError: even the first round alone is too long; says how long it is.
         """
-        check_roles(messages, "conversation")
-        kept = list(messages)
-        first = 3 if kept[0]["role"] == "system" else 2
-        while True:
-            row = self.encode(kept)
-            length = len(row.input_ids) + (len(row.labels) if self.encoder_decoder else 0)
-            if max_length is None or length <= max_length:
-                return replace(row, dropped_turns=len(messages) - len(kept))
-            if len(kept) <= first:
-                raise DataError(
-                    f"the first round needs {length} tokens and max_length is {max_length}; "
-                    "raise data.max_length or remove the row"
-                )
-            kept = kept[:-2]
+
+        def length(row: Encoded) -> int:
+            return len(row.input_ids) + (len(row.labels) if self.encoder_decoder else 0)
+
+        row = self.encode(messages)
+        if max_length is None or length(row) <= max_length:
+            return row
+        first = 3 if messages[0]["role"] == "system" else 2
+        rounds = [messages[:end] for end in range(first, len(messages), 2)] or [messages]
+        # By halves, because a conversation may have hundreds of rounds.
+        fit = bisect_right(rounds, max_length, key=lambda kept: length(self.encode(kept)))
+        row = self.encode(rounds[max(0, fit - 1)])
+        if not fit:
+            raise DataError(
+                f"the first round needs {length(row)} tokens and max_length is {max_length}; "
+                "raise data.max_length or remove the row"
+            )
+        return replace(row, dropped_turns=len(messages) - len(rounds[fit - 1]))
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
         worst = max(set(ids) - {self.image_token_id}, default=0)

@@ -29,11 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from mllm.config import RunConfig
-from mllm.data.collator import name_of
 from mllm.data.feature_store import FeatureStore, Key, image_key
 from mllm.data.files import track, write_atomic
 from mllm.data.mixture import Mixture
-from mllm.data.schema import images_of
+from mllm.data.schema import images_of, name_of
 from mllm.errors import ConfigError, DataError
 
 FORMAT = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -143,6 +144,16 @@ WORDS = st.lists(
     max_size=12,
 ).map("".join)
 ROUNDS = st.lists(st.tuples(WORDS, WORDS, st.integers(0, 2)), min_size=1, max_size=6)
+
+
+def test_a_row_of_a_thousand_rounds_is_shortened_in_a_few_tries(processor: MllmProcessor) -> None:
+    messages = [message for i in range(1000) for message in (user(f"{i}"), assistant("b"))]
+    limit = len(processor.encode(messages[:800]).input_ids)
+    encode, tries = processor.encode, []
+    counting = copy(processor)
+    counting.encode = lambda *args: (tries.append(args), encode(*args))[1]  # type: ignore[method-assign]
+    assert counting.encode_to_fit(messages, limit).dropped_turns == 1200
+    assert len(tries) < 15
 
 
 @pytest.mark.parametrize(

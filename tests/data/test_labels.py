@@ -243,3 +243,16 @@ def make_tokens(style: str, text: str) -> list[str]:
 def adds_bos(style: str) -> bool:
     tokenizer = STYLES[style].build()
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_ids_of_a_text_are_those_of_the_tokenizers_own_call(style: str) -> None:
+    """It is gone around for speed; what another call has set stays out of it."""
+    processor = build_processor(style, "vicuna_v1")
+    tokenizer, pieces = processor.tokenizer, processor.piece_tokenizer
+    for text in HOSTILE:
+        for parse in (True, False):
+            options = {"add_special_tokens": False, "split_special_tokens": not parse}
+            expected = list(tokenizer(text, **options)["input_ids"])
+            tokenizer(["a", "the quick brown fox"], padding=True, truncation=True, max_length=2)
+            assert pieces._encode(text, parse) == expected, (text, parse)

@@ -74,6 +74,16 @@ def test_known_lengths_are_read_again(
         file_lengths(rows, Collator(processor, max_length=200))
 
 
+def test_lengths_that_were_copied_in_part_are_measured_again(rows: Rows, processor: MllmProcessor) -> None:
+    first = file_lengths(rows, Collator(processor))
+    (kept,) = rows.path.parent.glob("*.npy")
+    whole = kept.read_bytes()
+    for size in (0, 40, len(whole) - 4):
+        kept.write_bytes(whole[:size])
+        assert_equal(file_lengths(rows, Collator(processor)), first)
+        assert kept.read_bytes() == whole
+
+
 def test_another_template_or_other_data_are_measured_anew(rows: Rows, processor: MllmProcessor) -> None:
     first = file_lengths(rows, Collator(processor))
     other = make_model(template="plain")[1]
@@ -107,8 +117,8 @@ def measure_on(rank: int, world: int, rows: Rows) -> Any:
 
     lengths_module.CHUNK = 2
     measured: list[int] = []
-    sizes = lengths_module._Chunks._sizes
-    lengths_module._Chunks._sizes = lambda self, row: (measured.append(1), sizes(self, row))[1]  # type: ignore
+    sizes = lengths_module.sizes_of
+    lengths_module.sizes_of = lambda *args: (measured.append(1), sizes(*args))[1]
     processor, ranks, found = make_model()[1], Ranks(rank, world, gather), []
     for _ in range(2):
         found.append((file_lengths(rows, Collator(processor, 500), ranks=ranks), len(measured)))
@@ -128,6 +138,38 @@ def test_ranks_measure_a_part_each(rows: Rows, processor: MllmProcessor, tmp_pat
             assert_equal(lengths, wanted)
         assert "needs" in error
         assert error == one[1]  # no rank waits for one that has stopped
+
+
+def test_a_count_that_was_broken_off_goes_on(
+    rows: Rows, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = measure(rows, Collator(processor))
+    monkeypatch.setattr(lengths_module, "CHUNK", 4)
+    encode, encoded = Collator.encode, []
+
+    def encode_until(limit: int) -> Any:
+        def stops(self: Collator, row: Any) -> Any:
+            if len(encoded) == limit:
+                raise KeyboardInterrupt
+            encoded.append(row["id"])
+            return encode(self, row)
+
+        return stops
+
+    monkeypatch.setattr(Collator, "encode", encode_until(9))
+    with pytest.raises(KeyboardInterrupt):
+        file_lengths(rows, Collator(processor))
+    (part,) = rows.path.parent.glob("*.part")
+    monkeypatch.setattr(Collator, "encode", encode_until(13))
+    # Torn inside a row of the second chunk, as by a power failure: that chunk is measured again.
+    part.write_bytes(part.read_bytes()[: 20 * 6 + 7])
+    with pytest.raises(KeyboardInterrupt):
+        file_lengths(rows, Collator(processor))
+    assert encoded == [row["id"] for row in [*rows[:9], *rows[4:8]]]
+    monkeypatch.setattr(Collator, "encode", encode_until(17))
+    assert_equal(file_lengths(rows, Collator(processor)), wanted)
+    assert encoded[13:] == [row["id"] for row in rows[8:]]
+    assert not list(rows.path.parent.glob("*.part"))
 
 
 def test_only_what_a_cap_leaves_is_measured(

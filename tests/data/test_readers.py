@@ -6,19 +6,23 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mllm.data import sources
+from mllm.data.collator import Collator
 from mllm.data.convert import convert
+from mllm.data.images import load_image
 from mllm.data.readers import CAPTION_QUESTIONS, READERS, read_llava, read_sharegpt
 from mllm.data.rows import open_rows
-from mllm.data.schema import assistant, check_row, image_part, text_part, user
+from mllm.data.schema import assistant, check_row, image_part, images_of, text_part, user
 from mllm.errors import DataError
 
 COCO = Path(os.environ.get("MLLM_TEST_DATA", Path(__file__).parents[3] / "shared/data"), "coco_tiny")
@@ -574,6 +578,30 @@ def test_skipped_rows_are_counted_with_reasons(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"3 of 8 rows are bad, more than the share max_bad=0.3 allows"):
         convert(source, tmp_path / "none.jsonl", on_error="skip", max_bad=0.3)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_rows_that_training_refuses_are_bad_and_empty_answers_are_counted(tmp_path: Path) -> None:
+    talks = [["A", "b"], ["A"], ["A", "b", "A"], ["A", " "], ["A", "", "A", "b", "A", " "]]
+    source = write_lines(tmp_path / "a.jsonl", [llava(*talk, id=i) for i, talk in enumerate(talks)])
+    done = convert(source, tmp_path / "out.jsonl", on_error="skip", max_bad=1)
+    assert (done.rows, done.bad, list(done.reasons.values())) == (3, 2, [2])
+    assert done.first_bad.startswith(f"{source}:2 (id 1): the last message must be an 'assistant' message")
+    assert (done.empty_answers, done.first_empty) == (3, f"{source}:4 (id 3)")
+    processor = make_model()[1]
+    for row in open_rows(source):
+        if row["id"] in ("0", "3", "4"):
+            Collator(processor)([row])
+        else:
+            with pytest.raises(DataError) as caught:
+                Collator(processor)([row])
+            assert re.sub(r".*\): ", "", str(caught.value)) in done.reasons
+
+
+def test_an_address_is_no_path_under_the_image_root(tmp_path: Path) -> None:
+    row = llava("<image>", "A", image="https://a.b/c.jpg")
+    rows = open_rows(write_lines(tmp_path / "a.jsonl", [row]), image_root=tmp_path)
+    with pytest.raises(DataError, match=r"'https://a\.b/c\.jpg' is not a file; download it"):
+        load_image(images_of(rows[0]["messages"])[0])
 
 
 def test_missing_images_count_as_one_reason(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mllm.config import RunConfig, SourceSection
 from mllm.data.check import check_rows
 from mllm.data.collator import Collator
 from mllm.training.build import build_processor, open_mixture
+from mllm.training.callbacks import known_lengths, length_line
 from mllm.training.longest import LongestFirst
 from mllm.training.preflight import preflight, table
 from mllm.training.train import train
@@ -68,6 +69,22 @@ def test_every_bad_row_is_found_with_its_fault(world: Path, tmp_path: Path) -> N
     assert [half.rows for half in halves] == [6, 6]
     assert sum(half.pictures for half in halves) == found.pictures
     assert sum(len(half.bad) for half in halves) == 3
+
+
+def test_answers_without_text_are_counted_and_named(world: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "few", 8)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[7]["messages"][1]["content"][0]["text"] = " "
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"])
+    source = SourceSection(path=str(path), image_root=str(path.parent))
+    data = config.data.model_copy(update={"path": [source]})
+    rows, collator = open_mixture(data, 0), Collator(build_processor(config.model))
+    found = check_rows(rows, collator, workers=1, show=False)
+    assert (found.empty, found.first_empty, found.bad) == (1, f"{path}:8 (id r7)", [])
+    lengths = known_lengths(None, rows, collator).lengths
+    assert lengths is not None
+    assert "; 1 answers without text, trained on their end token alone" in length_line(lengths, 8, None)
 
 
 def test_a_row_that_is_drawn_often_is_looked_at_once(world: Path, tmp_path: Path) -> None:
@@ -171,6 +188,13 @@ def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> N
         )
         assert not (Path(config.train.output_dir) / "mllm_manifest.json").exists()
         assert not (Path(config.train.output_dir) / "preflight").exists()
+        result = CliRunner().invoke(cli.app, ["data", "check", str(recipe), "--json"])
+        assert result.exit_code == code, result.output
+        assert json.loads(result.stdout) == found["data"]
+        result = CliRunner().invoke(cli.app, ["data", "check", str(recipe), "--workers", "1"])
+        assert result.exit_code == code
+        assert f"bad: {3 * code}\n" in result.stdout
+        assert result.stdout.count("rows.jsonl:") == 3 * code
 
 
 @pytest.mark.slow
