@@ -35,6 +35,7 @@ COMMANDS = [
     ["data", "generate"],
     ["data", "capfilt"],
     ["data", "inspect"],
+    ["data", "check"],
     ["eval", "build"],
     ["eval", "run"],
     ["eval", "score"],

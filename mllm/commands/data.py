@@ -1,4 +1,4 @@
-"""`mllm data convert | shard | generate | capfilt | inspect`."""
+"""`mllm data convert | shard | generate | capfilt | inspect | check`."""
 
 from __future__ import annotations
 
@@ -216,3 +216,48 @@ def inspect(
                 typer.echo(json.dumps(spans_as_json(processor, row, section.max_length)))
             else:
                 console.print(row_panel(processor, row, section.max_length))
+
+
+@app.command()
+def check(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes; default: the recipe's train.num_workers")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at every row as training would, pictures included, and list all that is wrong.
+
+    The exit code is 0 only if no row is bad. `mllm train --preflight` tries the model as well.
+
+    [bold]Example[/]
+
+      mllm data check quickstart/instruct --workers 2
+    """
+    from mllm.config import load_recipe
+    from mllm.data.check import check_rows
+    from mllm.training.preflight import open_data
+
+    config = load_recipe(recipe, overrides or [])
+    if config.data.streaming:
+        raise ConfigError(f"{recipe}: a stream is not read ahead; add data.streaming=false to check it")
+    rows, collator = open_data(config)
+    train = config.train
+    found = check_rows(
+        rows,
+        collator,
+        workers=train.num_workers if workers is None else workers,
+        keep=train.per_device_batch_size,
+    )
+    record = found.record()
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        for one in found.bad[:20]:
+            typer.echo(f"{one['row']}: {one['fault']}")
+        for key in ("rows", "pictures", "over", "dropped", "empty", "first_empty"):
+            typer.echo(f"{key}: {record[key]}")
+        typer.echo(f"longest row: {found.tokens} tokens")
+        typer.echo(f"bad: {len(found.bad)}{' (--json lists all)' if len(found.bad) > 20 else ''}")
+    raise typer.Exit(bool(found.bad))

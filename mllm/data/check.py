@@ -5,11 +5,12 @@ Faults are collected, not raised, so that one pass over the data finds all of th
 
 from __future__ import annotations
 
+import heapq
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,10 @@ class DataCheck:
         kinds = Counter(re.sub(r"\d+", "N", re.sub(r"'[^']*'", "'...'", one["fault"])) for one in self.bad)
         return dict(kinds.most_common())
 
+    def record(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**asdict(self), "faults": self.faults}
+
 
 def check_rows(
     data: Mixture,
@@ -80,14 +85,17 @@ def check_rows(
     pairs = np.stack([data.source.astype(np.int64), data.row])
     numbers = np.sort(np.unique(pairs, axis=1, return_index=True)[1])[rank::ranks]
     chunks: Any = DataLoader(_Chunks(data, collator, numbers), batch_size=None, num_workers=workers)
-    found, lengths = DataCheck(rows=len(numbers)), []
+    found = DataCheck(rows=len(numbers))
+    longest: list[tuple[int, int]] = []  # a heap of (tokens, minus the number)
     for chunk in track(chunks, "data", len(chunks), show):
         for number, result in chunk:
             if isinstance(result, dict):
                 found.bad.append(result)
                 continue
             tokens, pictures, turns, dropped, empty = result
-            lengths.append((tokens, number))
+            heapq.heappush(longest, (tokens, -number))
+            if len(longest) > keep:
+                heapq.heappop(longest)
             found.pictures += pictures
             found.turns += turns
             found.dropped += dropped
@@ -95,9 +103,8 @@ def check_rows(
             if empty:
                 found.empty += empty
                 found.first_empty = found.first_empty or name_of(data[number])
-    lengths.sort(key=lambda one: (-one[0], one[1]))
-    found.longest = [number for _, number in lengths[:keep]]
-    found.tokens = lengths[0][0] if lengths else 0
+    found.longest = [-number for _, number in sorted(longest, reverse=True)]
+    found.tokens = max(longest, default=(0, 0))[0]
     return found
 
 

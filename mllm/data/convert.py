@@ -11,7 +11,7 @@ from typing import Any
 
 from mllm.data.files import atomic_writer, track
 from mllm.data.grounding import BoxTasks
-from mllm.data.rows import open_rows
+from mllm.data.rows import Rows, open_rows
 from mllm.data.schema import Row, check_last, empty_answers, images_of, name_of
 from mllm.errors import ConfigError, DataError
 
@@ -29,6 +29,21 @@ class Conversion:
     empty_answers: int = 0
     first_empty: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
+
+    def count(self, row: Row, where: str) -> None:
+        """A row was written."""
+        self.rows += 1
+        self.images += len(images_of(row["messages"]))
+        if empty := empty_answers(row["messages"]):
+            self.empty_answers += empty
+            self.first_empty = self.first_empty or name_of({**row, "source": where})
+
+    def count_bad(self, fault: str, where: str) -> None:
+        """A row was left out."""
+        self.bad += 1
+        self.first_bad = self.first_bad or fault
+        reason = _reason(fault, where)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
 def convert(
@@ -76,23 +91,14 @@ def convert(
     with atomic_writer(output) as file:
         for i in track(range(len(rows)), f"convert {source.name}", len(rows), progress):
             try:
-                row = rows.as_written(i)
-                rows.resolve(row, rows.where(i))  # raises where an image is missing
-                _check_answered(row, rows.where(i))
+                row = _written(rows, i)
             except DataError as error:
                 if on_error == "error":
                     raise
-                done.bad += 1
-                done.first_bad = done.first_bad or str(error)
-                reason = _reason(str(error), rows.where(i))
-                done.reasons[reason] = done.reasons.get(reason, 0) + 1
+                done.count_bad(str(error), rows.where(i))
                 continue
             file.write(json.dumps(row, ensure_ascii=False, default=_no_path) + "\n")
-            done.rows += 1
-            done.images += len(images_of(row["messages"]))
-            if empty := empty_answers(row["messages"]):
-                done.empty_answers += empty
-                done.first_empty = done.first_empty or name_of({**row, "source": rows.where(i)})
+            done.count(row, rows.where(i))
         if done.rows == 0 or done.bad > max_bad * len(rows):
             raise DataError(
                 f"{source}: {done.bad} of {len(rows)} rows are bad, more than the share "
@@ -101,11 +107,15 @@ def convert(
     return done
 
 
-def _check_answered(row: Row, where: str) -> None:
+def _written(rows: Rows, index: int) -> Row:
+    """A row as the file has it, once nothing in it would stop a training."""
+    row, where = rows.as_written(index), rows.where(index)
+    rows.resolve(row, where)  # raises where an image is missing
     try:
         check_last(row["messages"], "assistant")
     except DataError as error:
         raise DataError(f"{name_of({**row, 'source': where})}: {error}") from None
+    return row
 
 
 def _no_path(image: Any) -> Any:

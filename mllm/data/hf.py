@@ -11,19 +11,25 @@ the Cauldron has them) or `caption`, with `image` or `images` beside them. Other
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mllm.data.stored import ImageBytes, place_images
-from mllm.errors import ConfigError, DataError
+from mllm.errors import ConfigError, DataError, MllmError
 
 HF = "hf:"
 TEXT_COLUMNS = ("conversations", "messages", "texts", "caption")
 IMAGE_COLUMNS = ("images", "image")
-_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    **dict.fromkeys((".jsonl", ".json", ".jsonl.gz", ".json.gz"), "json"),
+}
+_NOTES = ("dataset_info.json", "dataset_infos.json")  # what the Hub keeps about the rows beside them
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,10 @@ class HfSource:
 
     def raw(self, index: int) -> Any:
         """Read the row; its images are paths, or bytes that are not decoded yet."""
-        (row,) = self.data[index : index + 1].to_pylist()
-        return row_of({name: row[name] for name in self.columns}, self.where(index))
+        where = self.where(index)
+        with readable(f"{where}:", DataError):
+            (row,) = self.data[index : index + 1].to_pylist()
+        return row_of({name: row[name] for name in self.columns}, where)
 
     def identity(self) -> str:
         """For files, a hash of their names and sizes and of the columns; else the library's fingerprint."""
@@ -100,22 +108,34 @@ def load(place: HfPlace, streaming: bool) -> Any:
         raise ConfigError(f"{place}: the library `datasets` is not installed; run: pip install 'mllm[train]'")
     # It takes a second to import, and most runs read plain files.
     from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetsError
 
-    try:
+    with readable(str(place), ConfigError):
         saved = _saved(place)
         if saved is not None:
-            return saved.to_iterable_dataset(num_shards=_files(saved)) if streaming else saved
+            parts = max(1, len(saved.cache_files))
+            return saved.to_iterable_dataset(num_shards=parts) if streaming else saved
         if Path(place.place).exists():
             builder, files = data_files(place)
             data = load_dataset(builder, data_files=files, split="train", streaming=streaming)
         else:
             data = load_dataset(place.place, place.configuration, split=place.split, streaming=streaming)
-    except (DatasetsError, OSError, ValueError) as error:
-        raise ConfigError(f"{place} cannot be read ({' '.join(str(error).split())[:300]})") from None
     if not streaming and not isinstance(data, Dataset):
         raise ConfigError(f"{place} has several splits; name one behind a colon")
     return data
+
+
+@contextmanager
+def readable(what: str, kind: type[MllmError]) -> Iterator[None]:
+    """Whatever the library raises in the block, as an error of ours."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except MllmError:
+        raise
+    except (DatasetsError, OSError, ValueError) as error:  # those of arrow and of UTF-8 are a `ValueError`
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise kind(f"{what} cannot be read ({reason})") from None
 
 
 def _saved(place: HfPlace) -> Any:
@@ -128,18 +148,20 @@ def _saved(place: HfPlace) -> Any:
         if place.split not in splits:
             raise ConfigError(f"{place}: the data set has the splits {', '.join(splits)}; name one of them")
         return splits[place.split]
-    return load_from_disk(str(folder)) if (folder / "state.json").is_file() else None
-
-
-def _files(data: Any) -> int:
-    return max(1, len(data.cache_files))
+    if not (folder / "state.json").is_file():
+        return None
+    if place.split != "train":
+        raise ConfigError(f"{place}: the data set was saved without splits; leave {place.split!r} out")
+    return load_from_disk(str(folder))
 
 
 def data_files(place: HfPlace) -> tuple[str, list[str]]:
     """The builder and the files of a local folder or file: those that begin with the split, or all."""
     root = Path(place.place)
-    found = sorted(p for p in (root.rglob("*") if root.is_dir() else [root]) if p.suffix in _BUILDERS)
-    kinds = {_BUILDERS[path.suffix] for path in found}
+    endings = tuple(_BUILDERS)
+    every = root.rglob("*") if root.is_dir() else [root]
+    found = sorted(path for path in every if path.name.endswith(endings) and path.name not in _NOTES)
+    kinds = {_BUILDERS["".join(path.suffixes[-1 - (path.suffix == ".gz") :])] for path in found}
     if len(kinds) != 1:
         has = f"files of the kinds {', '.join(sorted(kinds))}" if kinds else "no parquet, arrow or JSON files"
         raise ConfigError(f"{place}: the folder has {has}; one kind is read at a time")
@@ -197,7 +219,9 @@ def row_of(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _image(value: Any, name: str) -> Any:
-    """A path as it is, and what `datasets.Image` encodes to as a path or as bytes."""
+    """A path as it is; bytes, alone or as `datasets.Image` encodes to them, under a name."""
+    if isinstance(value, bytes):
+        return ImageBytes(value, name)
     if isinstance(value, Mapping) and value.keys() == {"bytes", "path"}:
         return value["path"] if value["bytes"] is None else ImageBytes(value["bytes"], name)
     return value

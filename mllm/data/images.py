@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mllm.data.stored import STORED, Stored
+from mllm.data.stored import REMOTE, STORED, Stored
 from mllm.errors import DataError
 
 # MPO, the multi-picture JPEG of some phones, is opened by the JPEG plugin.
@@ -123,7 +123,7 @@ def _stored_bytes(image: Stored, name: str) -> BytesIO:
 
 
 def _file(image: str | PathLike[str], name: str, where: str) -> Path:
-    if str(image).startswith(("http://", "https://", "data:")):
+    if str(image).startswith(REMOTE):
         raise DataError(f"{name[: len(where) + 80]} is not a file; download it and give the path of the file")
     path = Path(image)
     _check_file(path, name)

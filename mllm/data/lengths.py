@@ -131,8 +131,9 @@ def file_lengths(
         DataError: a row that could not be trained on; names it.
     """
     cache = lengths_file(rows, collator, chosen)
-    if all(ranks.gather([cache.is_file()])):  # else all measure, or some would wait for what others skip
-        return Lengths(*np.load(cache))
+    kept = read_kept(cache)
+    if all(ranks.gather([kept is not None])):  # else all measure, or some would wait for what others skip
+        return Lengths(*np.array(kept))
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
     writable = os.access(cache.parent, os.W_OK)  # a read-only disk: measured every time
     unfinished = cache.with_suffix(".part") if writable else None
@@ -150,6 +151,14 @@ def lengths_file(rows: Rows, collator: Collator, chosen: np.ndarray | None = Non
     return rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
 
 
+def read_kept(path: Path) -> np.ndarray | None:
+    """[kinds, N] of a complete file of sizes; None where there is none, or one that was copied in part."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+
+
 def measure(
     rows: Sequence[Row],
     collator: Collator,
@@ -162,11 +171,10 @@ def measure(
 
     `unfinished` keeps what is measured, and has what an earlier call had measured of the same rows.
     """
-    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)
+    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)  # no measured row has zero tokens
     rank_of = np.arange(len(rows)) // CHUNK % ranks.size  # [N], who measures the row
     fault = None
     with _store(unfinished, sizes) as file:
-        # No row has no tokens.
         wanted = [
             chunk
             for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
@@ -182,10 +190,10 @@ def measure(
                 file.seek(start * sizes[0].nbytes)
                 file.write(sizes[start : start + len(found)].tobytes())
     parts = ranks.gather([(fault, sizes[rank_of == ranks.rank])])
-    for rank, (fault, found) in enumerate(parts):
-        if fault:
-            raise DataError(fault)
-        sizes[rank_of == rank] = found
+    for rank, (fault_there, sizes_there) in enumerate(parts):
+        if fault_there:
+            raise DataError(fault_there)
+        sizes[rank_of == rank] = sizes_there
     return Lengths(*np.ascontiguousarray(sizes.T))
 
 
@@ -200,11 +208,9 @@ def _store(path: Path | None, sizes: np.ndarray) -> Iterator[IO[bytes] | None]:
         return
     path.touch()
     with path.open("r+b", buffering=0) as file:
-        known = file.read(sizes.nbytes)
-        whole = len(known) // sizes[0].nbytes
-        sizes[:whole] = np.frombuffer(known[: whole * sizes[0].nbytes], np.int32).reshape(
-            whole, sizes.shape[1]
-        )
+        known = np.fromfile(file, np.int32, sizes.size)
+        whole = len(known) // sizes.shape[1]  # rows; the last may be torn
+        sizes[:whole] = known[: whole * sizes.shape[1]].reshape(whole, sizes.shape[1])
         yield file
 
 
@@ -221,6 +227,16 @@ def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+def sizes_of(row: Row, collator: Collator) -> tuple[int, ...]:
+    """One row's, in the order of the fields of `Lengths`; raises `DataError` as the collator does."""
+    encoded = collator.encode(row)
+    tiles, images = collator.processor.tiles, encoded.images
+    views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
+    labels = len(encoded.labels) - encoded.labels.count(IGNORE)
+    turns, empty = len(row["messages"]), empty_answers(row["messages"])
+    return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty
+
+
 class _Chunks(Dataset[Any]):
     """(first row, sizes [rows, 6] or the fault) of `CHUNK` rows at a time, of the chunks that are wanted."""
 
@@ -234,21 +250,6 @@ class _Chunks(Dataset[Any]):
         start = self.wanted[index] * CHUNK
         numbers = range(start, min(start + CHUNK, len(self.rows)))
         try:
-            return start, np.array([row_sizes(self.rows[i], self.collator) for i in numbers], dtype=np.int32)
+            return start, np.array([sizes_of(self.rows[i], self.collator) for i in numbers], dtype=np.int32)
         except DataError as error:
             return start, error  # raised in a worker it would arrive as a page of traceback
-
-
-def row_sizes(row: Row, collator: Collator) -> tuple[int, ...]:
-    """What `Lengths` has of one row, in its order.
-
-    Raises:
-        DataError: the row could not be trained on; names it.
-    """
-    encoded = collator.encode(row)
-    tiles = collator.processor.tiles
-    images = encoded.images
-    views = len(images) if tiles is None else sum(tiles.num_tiles(image_size(i)) for i in images)
-    labels = len(encoded.labels) - encoded.labels.count(IGNORE)
-    turns, empty = len(row["messages"]), empty_answers(row["messages"])
-    return len(encoded.input_ids), labels, views, turns, encoded.dropped_turns, empty

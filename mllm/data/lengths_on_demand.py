@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mllm.data.collator import Collator
-from mllm.data.lengths import Lengths, lengths_file, row_sizes
+from mllm.data.lengths import Lengths, lengths_file, read_kept, sizes_of
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
 
@@ -51,8 +51,8 @@ class _Known:
     def __init__(self, rows: Rows, collator: Collator) -> None:
         self.rows, self.collator = rows, collator
         complete = lengths_file(rows, collator)
-        if complete.is_file():
-            self._sizes = np.load(complete, mmap_mode="r").T
+        if (kept := read_kept(complete)) is not None:
+            self._sizes = kept.T
             return
         path = complete.with_suffix(".part")
         self._file: Any = TemporaryFile()  # noqa: SIM115  (lives as long as this object)
@@ -66,6 +66,6 @@ class _Known:
 
     def __getitem__(self, number: int) -> np.ndarray:
         if self._sizes[number, 0] == 0:  # no row has no tokens
-            found = np.array(row_sizes(self.rows[number], self.collator), np.int32)
+            found = np.array(sizes_of(self.rows[number], self.collator), np.int32)
             os.pwrite(self._file.fileno(), found.tobytes(), number * found.nbytes)
         return self._sizes[number]

@@ -21,7 +21,7 @@ from mllm.data.readers import READERS, Reader
 from mllm.data.schema import Message, Part, Row, image_part
 from mllm.data.shards import ShardSource, find_shards, is_shards
 from mllm.data.sources import Source, open_source
-from mllm.data.stored import STORED
+from mllm.data.stored import REMOTE, STORED
 from mllm.errors import ConfigError, DataError
 
 
@@ -96,7 +96,7 @@ def _resolve(part: Part, root: str | Path | None, check: bool, where: str) -> Pa
     image = part["image"]
     if not isinstance(image, str):
         raise DataError(f"{where}: field 'image' must be a path, found {str(image)[:60]!r}")
-    path = image if root is None else str(Path(root) / image)
+    path = image if root is None or image.startswith(REMOTE) else str(Path(root) / image)
     if check and not Path(path).is_file():
         raise DataError(
             f"{where}: field 'image': file {path!r} does not exist; fix the path or the image root"

@@ -87,7 +87,7 @@ def empty_answers(messages: Sequence[Message]) -> int:
 
 
 def check_last(messages: Sequence[Message], role: Literal["user", "assistant"]) -> None:
-    """Raise `DataError` unless this one speaks last: an assistant to be learnt from, a user to be answered."""
+    """Raise `DataError` unless this one speaks last: an assistant to learn from, a user to be answered."""
     if messages[-1]["role"] != role:
         wanted = "a 'user'" if role == "user" else "an 'assistant'"
         raise DataError(f"the last message must be {wanted} message, found {messages[-1]['role']!r}")

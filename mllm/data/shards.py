@@ -24,6 +24,7 @@ from pathlib import Path
 from tarfile import BLOCKSIZE, TarError
 from tarfile import open as open_tar
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,19 +112,12 @@ class ShardSource:
         if stamp_of(path) != self.stamps[shard]:
             raise DataError(f"{path} has changed since it was opened; start again")
         members = self.shards[shard].members(sample)
-        where = f"{path}#{key_of(members[0][0])}"
-        images = {
-            name.rpartition("/")[2]: FileSpan(str(path), offset, size, name)
-            for name, offset, size in members
-            if kind_of(name) in PICTURES
-        }
-        texts = {
-            kind_of(name): FileSpan(str(path), offset, size, name).read()
-            for name, offset, size in members
-            if kind_of(name) in TEXTS
-        }
-        row = _row_of(texts, where)
-        return place_images({"id": key_of(members[0][0]), **row}, images, where)
+        spans = [FileSpan(str(path), offset, size, name) for name, offset, size in members]
+        key = key_of(members[0][0])
+        where = f"{path}#{key}"
+        images = {span.name.rpartition("/")[2]: span for span in spans if kind_of(span.name) in PICTURES}
+        texts = {kind_of(span.name): span.read() for span in spans if kind_of(span.name) in TEXTS}
+        return place_images({"id": key, **_row_of(texts, where)}, images, where)
 
     def identity(self) -> str:
         """A hash of all members' names, places and sizes: not of their content, which may be terabytes."""
@@ -217,10 +211,13 @@ def index_path(shard: Path) -> Path:
 def shard_index(path: Path) -> ShardIndex:
     """The index of a shard, from beside it if it is of the same shard still."""
     kept, stamp = index_path(path), np.array(stamp_of(path))
-    if kept.is_file():
+    try:
         with np.load(kept) as file:
-            if "stamp" in file and np.array_equal(file["stamp"], stamp):
-                return ShardIndex(**{name: file[name] for name in file.files if name != "stamp"})
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, BadZipFile):  # none, or one that was copied in part
+        arrays = {}
+    if np.array_equal(arrays.pop("stamp", ()), stamp):
+        return ShardIndex(**arrays)
     index = make_index(list(scan(path)), path)
     if os.access(path.parent, os.W_OK):  # else the data are on a read-only disk: scanned every time
         save_index(index, path)

@@ -24,6 +24,13 @@ Spans = NDArray[np.int64]  # [rows, 2]: first byte and the byte after the last
 
 _CHUNK = 1 << 22
 _BOM = b"\xef\xbb\xbf"
+# What other files begin with, and what to do about them.
+_FOREIGN = {
+    b"\x1f\x8b": "compressed (gzip); unpack it, or read it as hf:PATH",
+    b"\x28\xb5\x2f\xfd": "compressed (zstandard); unpack it",
+    b"PK\x03\x04": "a .zip; unpack it",
+    b"PAR1": "a parquet file; read it as hf:PATH",
+}
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Byte classes of the JSON list scan: what a byte outside of strings adds to the nesting depth.
@@ -130,7 +137,11 @@ def open_source(path: Path, format: str, per: str, boxes: BoxTasks | None = None
     """Tell JSON Lines, a list and an object apart by the first bytes, and index the rows."""
     try:
         with path.open("rb") as file:
-            start = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+            head = file.read(4)
+            for magic, fault in _FOREIGN.items():
+                if head.startswith(magic):
+                    raise DataError(f"{path}: the file is {fault}")
+            start = len(_BOM) if head.startswith(_BOM) else 0
             file.seek(start)
             first = _first_byte(file)
             if not first:

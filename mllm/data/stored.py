@@ -49,6 +49,7 @@ class ImageBytes:
 
 Stored = FileSpan | ImageBytes
 STORED = (FileSpan, ImageBytes)
+REMOTE = ("http://", "https://", "data:")  # what is no file: these have to be downloaded first
 
 
 def place_images(raw: dict[str, Any], images: Mapping[str, Any], where: str) -> dict[str, Any]:

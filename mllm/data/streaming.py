@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mllm.data.hf import check_columns, identity, load, parse_hf, row_of
+from mllm.data.hf import check_columns, identity, load, parse_hf, readable, row_of
 from mllm.data.readers import READERS, Reader
 from mllm.data.rows import detect_format, resolve_images
 from mllm.data.schema import Row
@@ -73,7 +73,7 @@ class RowStream:
         # Not decoded: images are decoded where the others are, by our own guarded code.
         self.data = data.decode(False) if data.features else data
         self.image_root = image_root
-        first = next(iter(self.data), None)
+        first = next(_rows_of(self.data, str(self.place)), None)
         if first is None:
             raise DataError(f"{self.place}: there are no rows; a data set needs at least one")
         self.columns = check_columns(list(first), str(self.place))
@@ -144,9 +144,7 @@ class RowStream:
             file = int(order[place])
             row = start.row if place == start.file else 0
             part = self.data.shard(num_shards=self.files, index=file)
-            # `iter` with a batch size, because plain iteration divides among the workers once more.
-            batches = (part.skip(row) if row else part).iter(batch_size=READ)
-            for raw in (one for batch in batches for one in _unbatch(batch)):
+            for raw in _rows_of(part.skip(row) if row else part, f"{self.place} file {file}"):
                 row, seen = row + 1, seen + 1
                 if own or (seen - 1) % lanes == number:
                     where = f"{self.place} file {file} row {row - 1}"
@@ -206,7 +204,10 @@ class StreamBatches(IterableDataset[dict[str, Any]]):
             yield {**batch, "position": (mine, asdict(taken[-1][1]))}
 
 
-def _unbatch(batch: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    """Columns of several rows -> rows."""
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, values, strict=True))
+def _rows_of(data: Any, where: str) -> Iterator[dict[str, Any]]:
+    """Rows of a `datasets.IterableDataset`; raises `DataError` where it cannot be read further."""
+    # With a batch size, because plain iteration divides among the workers once more.
+    with readable(where, DataError):
+        for batch in data.iter(batch_size=READ):
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))

@@ -304,12 +304,13 @@ def _outline(
     slots = (f"\ue000{slot}\ue001" for slot in range(len(roles)))
     chat = [{"role": role, "content": _slotted(kinds, slots, parts)} for role, kinds in shape]
     marked = MARK.search(template) is not None
+    options: dict[str, Any] = dict(special_tokens)
     try:
         rendered: Any = render_jinja_template(  # annotated as a string; it is a pair
             conversations=[chat],
             chat_template=template,
             return_assistant_tokens_mask=marked,
-            **dict(special_tokens),
+            **options,
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise DataError(f"the chat template refuses this conversation: {error}") from error

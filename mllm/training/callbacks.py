@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,9 +14,10 @@ from transformers import TrainerCallback
 
 from mllm.config import RunConfig
 from mllm.data.collator import Collator
-from mllm.data.lengths import Lengths, measure
+from mllm.data.lengths import Lengths, measure, sizes_of
 from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
+from mllm.data.schema import Row
 from mllm.data.streaming import RowStream
 from mllm.training.batches import PackingTrial, step_flops
 from mllm.training.eyes import Eyes, peak_tflops
@@ -52,23 +54,32 @@ def guards_of(
 
 @dataclass(frozen=True)
 class Known:
-    """Rows whose sizes are known, `numbers` [N] of `rows`; `lengths` is None for pairs, all alike."""
+    """Rows whose sizes are known, `numbers` [N] of `rows`; `lengths` is None for pairs, all alike.
+
+    Of a stream, `rows` has the longest alone: the pictures of all of them may be gigabytes.
+    """
 
     lengths: Lengths | None
     numbers: np.ndarray
     rows: Any
 
 
-def known_lengths(batches: MicroBatches | None, rows: Mixture | RowStream, collator: Any) -> Known:
+def known_lengths(
+    batches: MicroBatches | None, rows: Mixture | RowStream, collator: Any, keep: int = SAMPLE
+) -> Known:
     """Of all rows where the plan needed them, else of a sample; of a stream, of its beginning.
+
+    Args:
+        batches: the plan of the run, if it has one.
+        rows, collator: of the run.
+        keep: how many of the longest rows of a stream are kept.
 
     Raises:
         DataError: a row of the sample that cannot be trained on.
     """
     pairs = not isinstance(collator, Collator)
     if isinstance(rows, RowStream):
-        first = list(islice(rows.once(), SAMPLE))
-        return Known(None if pairs else measure(first, collator), np.arange(len(first)), first)
+        return _of_stream(rows, None if pairs else collator, keep)
     numbers = sample_numbers(len(rows))
     if pairs:
         return Known(None, numbers, rows)
@@ -76,6 +87,22 @@ def known_lengths(batches: MicroBatches | None, rows: Mixture | RowStream, colla
     if isinstance(lengths, Lengths) and lengths.tokens.any():  # else a plan that needed none, or not yet
         return Known(lengths, np.arange(len(rows)), rows)
     return Known(measure([rows[int(number)] for number in numbers], collator), numbers, rows)
+
+
+def _of_stream(stream: RowStream, collator: Collator | None, keep: int) -> Known:
+    """Sizes of its first rows, and the longest of these, or the first where all are alike."""
+    if collator is None:
+        first = list(islice(stream.once(), keep))
+        return Known(None, np.arange(len(first)), first)
+    sizes: list[tuple[int, ...]] = []
+    longest: list[tuple[int, int, Row]] = []  # a heap of (tokens, minus the number, row)
+    for number, row in enumerate(islice(stream.once(), SAMPLE)):
+        sizes.append(sizes_of(row, collator))
+        heapq.heappush(longest, (sizes[-1][0], -number, row))
+        if len(longest) > keep:
+            heapq.heappop(longest)
+    lengths = Lengths(*np.array(sizes, np.int32).T)
+    return Known(lengths, np.arange(len(sizes)), {-number: row for _, number, row in longest})
 
 
 def length_line(lengths: Lengths, rows: int | None, max_length: int | None) -> str:

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from mllm.config import RunConfig
 from mllm.data.check import DataCheck, check_rows
 from mllm.data.files import write_atomic
+from mllm.data.mixture import Mixture
 from mllm.errors import DataError, MllmError
 from mllm.training.arguments import check_options
 from mllm.training.asking import Asks
@@ -115,10 +116,17 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     rows_first = not first.passed and isinstance(error, DataError)
     told = None if error is None or rows_first else str(error)
     checks = _start_checks(config, marks.at, told, longest)
-    report = Report([first, *checks], None if found is None else _as_dict(found))
+    report = Report([first, *checks], None if found is None else found.record())
     text = json.dumps({"passed": report.passed, **asdict(report)}, indent=1) + "\n"
     write_atomic(folder / (f"preflight.rank{rank}.json" if rank else "preflight.json"), text)
     return report
+
+
+def open_data(config: RunConfig) -> tuple[Mixture, Any]:
+    """The rows of a run, not streamed, and what makes batches of them; no model is loaded."""
+    rows = open_mixture(config.data, config.train.seed)
+    processor = outline(config)[1] if config.on_pairs else build_processor(config.model)
+    return rows, make_collator(config, processor)
 
 
 def _check_data(
@@ -130,9 +138,7 @@ def _check_data(
         return Check("data", True, "a stream: of its first rows, the longest are tried", 0.0), None, None
     size = config.train.per_device_batch_size
     try:
-        rows = open_mixture(config.data, config.train.seed)
-        processor = outline(config)[1] if config.on_pairs else build_processor(config.model)
-        collator = make_collator(config, processor)
+        rows, collator = open_data(config)
         found = check_rows(
             rows, collator, workers=config.train.num_workers, keep=size, rank=rank, ranks=ranks, show=show
         )
@@ -187,10 +193,6 @@ def _start_checks(
         else:
             checks.append(Check(name, None, "not come to" if failed else "not come to: the rows first", 0.0))
     return checks
-
-
-def _as_dict(found: DataCheck) -> dict[str, Any]:
-    return {**asdict(found), "faults": found.faults}
 
 
 def table(report: Report) -> Table:

@@ -90,7 +90,7 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
     else:
         batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
-    known = known_lengths(batches, rows, collator)
+    known = known_lengths(batches, rows, collator, options.per_device_batch_size)
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))

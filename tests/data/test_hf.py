@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import pickle
+import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,12 @@ from typer.testing import CliRunner
 from mllm.cli import app
 from mllm.data.collator import Collator
 from mllm.data.hf import parse_hf
-from mllm.data.images import load_image
+from mllm.data.images import image_size, load_image
 from mllm.data.rows import open_rows
 from mllm.data.schema import images_of, message_text
 from mllm.data.stored import ImageBytes
-from mllm.errors import ConfigError, DataError
+from mllm.data.streaming import RowStream
+from mllm.errors import ConfigError, DataError, MllmError
 
 TURNS = List({"from": Value("string"), "value": Value("string")})
 
@@ -154,6 +159,60 @@ def test_a_damaged_picture_names_its_row(tmp_path: Path) -> None:
     assert isinstance(image, ImageBytes)
     with pytest.raises(DataError, match=r"a:train row 0 image 0' is"):
         load_image(image)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("train.jsonl", b'{"id": 1, "caption": "a"}\n{"id": 2, "capt', "cannot be read (JSON parse error"),
+        ("train.jsonl", b'{"id": 1, "caption": "caf\xe9"}', "cannot be read ('utf-8' codec can't decode"),
+        ("train.parquet", b"PAR1 cut off", "cannot be read (Parquet magic bytes not found"),
+    ],
+)
+def test_a_damaged_file_is_one_line(
+    tmp_path: Path, name: str, content: bytes, fault: str, streaming: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+
+    def read() -> Any:
+        if streaming:
+            return list(RowStream(f"hf:{tmp_path}", "coco_captions", None, 4, 0).once())
+        return list(open_rows(f"hf:{tmp_path}", "coco_captions"))
+
+    with pytest.raises(MllmError, match=f"^hf:.* {re.escape(fault)}"):
+        read()
+
+
+def test_compressed_lines_and_bare_bytes_are_read(tmp_path: Path) -> None:
+    rows = [{"id": i, "image": "a.jpg", "caption": f"cat {i}"} for i in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert [row["id"] for row in open_rows(f"hf:{tmp_path}")] == ["0", "1", "2"]
+    with pytest.raises(DataError, match=r"the file is compressed \(gzip\); unpack it, or read it as hf:PATH"):
+        open_rows(tmp_path / "train.jsonl.gz")
+    picture = BytesIO()
+    make_picture(0, (8, 6)).save(picture, "PNG")
+    path = tmp_path / "b.parquet"
+    Dataset.from_list([{"image": picture.getvalue(), "caption": "cat"}]).to_parquet(path)
+    (image,) = images_of(open_rows(f"hf:{path}")[0]["messages"])
+    assert image_size(image) == (6, 8)
+    with pytest.raises(DataError, match="the file is a parquet file; read it as hf:PATH"):
+        open_rows(path)
+
+
+def test_what_the_hub_notes_beside_the_rows_is_no_data(tmp_path: Path) -> None:
+    Dataset.from_list([{"image": "a.jpg", "caption": "cat"}]).to_parquet(tmp_path / "train-0.parquet")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert len(open_rows(f"hf:{tmp_path}")) == 1
+
+
+def test_a_split_of_a_set_without_splits_is_refused(tmp_path: Path) -> None:
+    """It would be the training rows under another name."""
+    Dataset.from_list([{"image": "a.jpg", "caption": "cat"}]).save_to_disk(tmp_path / "saved")
+    assert len(open_rows(f"hf:{tmp_path / 'saved'}")) == 1
+    with pytest.raises(ConfigError, match="saved without splits; leave 'test' out"):
+        open_rows(f"hf:{tmp_path / 'saved'}:test")
 
 
 def test_what_is_no_data_set_is_named(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from mllm.data import sources
 from mllm.data.collator import Collator
 from mllm.data.convert import convert
+from mllm.data.images import load_image
 from mllm.data.readers import CAPTION_QUESTIONS, READERS, read_llava, read_sharegpt
 from mllm.data.rows import open_rows
-from mllm.data.schema import assistant, check_row, image_part, text_part, user
+from mllm.data.schema import assistant, check_row, image_part, images_of, text_part, user
 from mllm.errors import DataError
 
 COCO = Path(os.environ.get("MLLM_TEST_DATA", Path(__file__).parents[3] / "shared/data"), "coco_tiny")
@@ -594,6 +595,13 @@ def test_rows_that_training_refuses_are_bad_and_empty_answers_are_counted(tmp_pa
             with pytest.raises(DataError) as caught:
                 Collator(processor)([row])
             assert re.sub(r".*\): ", "", str(caught.value)) in done.reasons
+
+
+def test_an_address_is_no_path_under_the_image_root(tmp_path: Path) -> None:
+    row = llava("<image>", "A", image="https://a.b/c.jpg")
+    rows = open_rows(write_lines(tmp_path / "a.jsonl", [row]), image_root=tmp_path)
+    with pytest.raises(DataError, match=r"'https://a\.b/c\.jpg' is not a file; download it"):
+        load_image(images_of(rows[0]["messages"])[0])
 
 
 def test_missing_images_count_as_one_reason(tmp_path: Path) -> None:

@@ -240,6 +240,16 @@ def test_an_index_is_kept_until_its_shard_changes(folder: Path, monkeypatch: pyt
     assert [name for name, _, _ in shard_index(path).members(0)] == ["z.txt", "z.png"]
 
 
+def test_an_index_that_was_copied_in_part_is_made_again(folder: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "a.tar"
+    shard.write_bytes(next(folder.glob("*.tar")).read_bytes())
+    rows = list(open_rows(shard))
+    whole = index_path(shard).read_bytes()
+    for size in (0, 100, len(whole) - 4):
+        index_path(shard).write_bytes(whole[:size])
+        assert list(open_rows(shard)) == rows
+
+
 def test_the_identity_is_that_of_the_members(source: Path, folder: Path, tmp_path: Path) -> None:
     write_shards(source, tmp_path / "same", rows_per_shard=5, image_root=source.parent, workers=2)
     first, same = open_rows(str(folder)), open_rows(str(tmp_path / "same"))

@@ -188,6 +188,13 @@ def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> N
         )
         assert not (Path(config.train.output_dir) / "mllm_manifest.json").exists()
         assert not (Path(config.train.output_dir) / "preflight").exists()
+        result = CliRunner().invoke(cli.app, ["data", "check", str(recipe), "--json"])
+        assert result.exit_code == code, result.output
+        assert json.loads(result.stdout) == found["data"]
+        result = CliRunner().invoke(cli.app, ["data", "check", str(recipe), "--workers", "1"])
+        assert result.exit_code == code
+        assert f"bad: {3 * code}\n" in result.stdout
+        assert result.stdout.count("rows.jsonl:") == 3 * code
 
 
 @pytest.mark.slow

@@ -17,9 +17,14 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mllm.config import RunConfig
+from mllm.data.collator import Collator
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import read_manifest
+from mllm.training.build import build_processor
+from mllm.training.callbacks import known_lengths
 from mllm.training.guards import read_metrics
+from mllm.training.longest import longest_rows
+from mllm.training.streams import open_stream
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,6 +53,20 @@ def config(world: Path, output: Path, data: dict[str, Any] | None = None, **opti
     made = run_config(world, output, TUNINGS["all"], **options).model_dump(exclude_unset=True)
     stream = {"path": f"hf:{world / 'files'}", "streaming": True, "shuffle_buffer": 3}
     return RunConfig.model_validate({**made, "data": {**stream, **(data or {})}})
+
+
+def test_only_the_longest_of_the_first_rows_are_kept(world: Path, tmp_path: Path) -> None:
+    """With their pictures, hundreds of rows may be gigabytes."""
+    made = config(world, tmp_path / "run")
+    stream = open_stream(made.data, 0)
+    collator = Collator(build_processor(made.model))
+    known = known_lengths(None, stream, collator, 3)
+    rows = list(stream.once())
+    assert known.lengths is not None
+    assert known.lengths.tokens.tolist() == [len(collator.encode(row).input_ids) for row in rows]
+    longest = longest_rows(None, known.lengths, known.numbers, 3)
+    assert known.rows == {number: rows[number] for number in longest}
+    assert len(known_lengths(None, stream, None, 3).rows) == 3
 
 
 def losses(output: Path) -> list[float]:
