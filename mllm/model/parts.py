@@ -176,10 +176,10 @@ def _load_in_4_bit(source: Any, dtype: torch.dtype, attention: str | None) -> Pr
         bnb_4bit_compute_dtype=dtype,
     )
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    # Beside the other parts: by itself it would go to a GPU, and on every rank to the same one.
+    options |= {"dtype": dtype, "quantization_config": settings, "device_map": {"": "cpu"}}
     factory = language_model_class(load_config(source, "language_model"))
-    model = load_named(
-        factory, source, "language_model", dtype=dtype, quantization_config=settings, **options
-    )
+    model = load_named(factory, source, "language_model", **options)
     for layer in model.modules():
         # Else, on some CPUs, the first call without gradients would pack the weights in another way, round
         # their scales, and stop where a layer is narrower than a block.
