@@ -1,5 +1,8 @@
 """What makes a step faster or smaller changes no loss and no gradient."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +169,18 @@ def test_what_cannot_be(
 def test_two_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="compile and gradient_checkpointing 'selective' are both given"):
         TrainSection(output_dir="x", compile=True, gradient_checkpointing="selective")
+
+
+def test_what_is_measured_on_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "gpu_train.py"
+    options = ["--tiny", "--device=cpu", "--tokens=400", "--steps=1", "--warmup=0", "--who=ours"]
+    known = {"stages": {"lora": {"hugging face": {"error": "OutOfMemoryError"}}}}
+    (tmp_path / "found.json").write_text(json.dumps(known))
+    command = [sys.executable, str(script), *options, "--json", str(tmp_path / "found.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())["stages"]
+    assert set(found) == {"stage 1", "lora", "full"}
+    for contenders in found.values():
+        assert contenders["ours"]["tflops"] > 0
+        assert contenders["ours"]["tokens"] == 400
+    assert found["lora"]["hugging face"] == known["stages"]["lora"]["hugging face"]  # not measured again
