@@ -17,7 +17,7 @@ from mllm.data.packing import PackingCollator
 from mllm.errors import ConfigError
 from mllm.training.guards import read_metrics
 from mllm.training.recompute import checkpoint_selectively
-from mllm.training.speed import compile_layers, speed_up
+from mllm.training.speed import compile_layers, own_gpu, speed_up
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
 
@@ -164,6 +164,13 @@ def test_what_cannot_be(
         pytest.skip("some of these can be on a GPU")
     with pytest.raises(ConfigError, match=message):
         train(run_config(world, tmp_path / "run", TUNINGS[tuning], **options))
+
+
+def test_each_rank_tries_kernels_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_gpu() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_gpu() == torch.device("cuda", 3)
 
 
 def test_two_that_exclude_each_other() -> None:
