@@ -84,11 +84,16 @@ class Shape:
 
     @property
     def text_config(self) -> LlamaConfig:
-        """Llama-2, and one word more for the placeholder, which Hugging Face looks up."""
+        """Llama-2; its words with the placeholder, which Hugging Face looks up, are filled up to 64s."""
         return LlamaConfig(
-            vocab_size=self.vocab + 1, hidden_size=self.width, intermediate_size=self.inner,
+            vocab_size=self.words, hidden_size=self.width, intermediate_size=self.inner,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, max_position_embeddings=4096,
         )  # fmt: skip
+
+    @property
+    def words(self) -> int:
+        """As published models have it: products with an odd side are slow."""
+        return (self.vocab // 64 + 1) * 64
 
     @property
     def image_tokens(self) -> int:
@@ -99,7 +104,7 @@ class Shape:
         """Of a step over these rows: what the model needs, forward and backward."""
         body = self.layers * (4 * self.width**2 + 3 * self.width * self.inner)
         adapters = self.layers * RANK * (8 * self.width + 3 * (self.width + self.inner)) * (stage == "lora")
-        head = self.width * (self.vocab + 1)
+        head = self.width * self.words
         trained = {"stage 1": 0, "lora": adapters, "full": body + head}[stage]
         text = decoder_flops(
             lengths.tokens.tolist(), int(lengths.labels.sum()), weights=body + adapters, head=head,
