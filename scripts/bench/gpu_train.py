@@ -300,7 +300,7 @@ def measure_first(shape: Shape, stage: str, who: str, ways: list[Way], args: Any
     """In the first of the ways that fits the card."""
     for way in ways:
         found = tried(lambda way=way: measure(shape, stage, who, way, args))  # type: ignore[misc]
-        if not found.get("error", "").startswith("OutOfMemoryError"):
+        if not any(word in found.get("error", "") for word in ("OutOfMemoryError", "ALLOC_FAILED")):
             break
     return found
 
