@@ -180,3 +180,27 @@ def test_what_its_kernels_do_not_know(
     with FakeTensorMode():
         query, _, value = states(4, 4, 80, device="cuda", dtype=torch.float16)
         assert packed_attention.runs_varlen(query, value)
+
+
+def test_on_a_gpu_packs_of_all_lengths_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And in one graph: nothing in it asks the device for a number."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    graphs = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=keep, dynamic=True, fullgraph=True)
+    def attend(query: Tensor, key: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        options: Any = {"cu_seq_lens_q": bounds, "max_length_q": longest}
+        return packed_attention.packed_attention(nn.Module(), query + 1, key, key, None, **options)[0]
+
+    with FakeTensorMode(), torch.no_grad():
+        for length in (10, 14, 23):
+            query, key = (
+                torch.empty(1, heads, length, 16, device="cuda", dtype=torch.bfloat16) for heads in (4, 2)
+            )
+            bounds = torch.tensor([0, 4, length], device="cuda", dtype=torch.int32)
+            assert attend(query, key, bounds, length - 4).shape == (1, length, 4, 16)
+    assert len(graphs) == 1
