@@ -90,8 +90,9 @@ def try_packing(model: Any) -> None:
         for before in ([first], [other], [])
     )
     model.train(was_training)
-    # Matrix products of another width may round otherwise, so that the third comparison is not exact.
-    close = (alone - beside_first).abs().max() <= 0.02 * alone.abs().max()
+    # Matrix products of another width may round otherwise, in 16 bit by some per cent behind many layers;
+    # with positions that are counted on, a model says something else altogether.
+    close = (alone - beside_first).norm() <= 0.1 * alone.norm()
     if not torch.equal(beside_first, beside_other) or not close:
         raise ConfigError(
             f"data.packing: {type(model.language_model).__name__} with attention "

@@ -148,6 +148,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             ValueError: placeholders and soft tokens differ in number.
         """
         is_image = input_ids == self.config.image_token_id  # [B, S]
+        placeholders = int(is_image.sum())  # asked for here, where the device has nothing to do yet
         # The placeholder's id may lie beyond the embedding, so it must not be looked up.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # [B, S, Dt]
         context: Context = None
@@ -155,14 +156,14 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         images: Any = pixel_values if features is None else features
         no_image = images is None or not len(images)
         if no_image:
-            if is_image.any():
-                raise ValueError(f"{int(is_image.sum())} image placeholders, but no pixel_values")
+            if placeholders:
+                raise ValueError(f"{placeholders} image placeholders, but no pixel_values")
             # A model that was left in training mode may generate, and its tokens come without images.
             if not self.training or not torch.is_grad_enabled():
                 return embeds, context
             # On many ranks every rank must call every part in every micro-step, or collectives wait for
             # ever on the rank whose rows hold text only.
-            of_images = self._no_image(embeds.device)
+            of_images = self._beside_one_image(embeds.device)
             if features is not None:
                 of_images["image_features"] = features.new_zeros(1, *features.shape[1:])
             ((views, _),) = self.image_counts(1, of_images.get("image_sizes"))
@@ -174,10 +175,10 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         soft = soft.to(embeds.dtype)
         if no_image:
             return embeds + (soft * 0).sum(), context
-        if is_image.sum() * soft.shape[-1] != soft.numel():
+        if placeholders * soft.shape[-1] != soft.numel():
             images = images if of_images.get("image_sizes") is None else of_images["image_sizes"]
             raise ValueError(
-                f"{int(is_image.sum())} image placeholders for {len(images)} images "
+                f"{placeholders} image placeholders for {len(images)} images "
                 f"with {soft.numel() // soft.shape[-1]} tokens in all"
             )
         return embeds.masked_scatter(is_image.unsqueeze(-1), soft), context
@@ -188,7 +189,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             return [(1, self.config.num_image_tokens)] * images
         return [(self.tiling.num_tiles(s), self.tiling.num_tokens(s)) for s in image_sizes.tolist()]
 
-    def _no_image(self, device: torch.device) -> dict[str, Any]:
+    def _beside_one_image(self, device: torch.device) -> dict[str, Any]:
         """What goes with one image of the encoder's size, beside its pixels, where nothing is asked of it."""
         inputs = {}
         if self.tiling is not None:
@@ -219,7 +220,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         config = self.config
         device: Any = self.get_input_embeddings().weight.device
         text = fixed_ids(config.text_config.vocab_size, config.image_token_id)
-        beside = self._no_image(device)
+        beside = self._beside_one_image(device)
         ((views, placeholders),) = self.image_counts(1, beside.get("image_sizes"))
         image = torch.full((placeholders,), config.image_token_id)
         return {
@@ -229,11 +230,42 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             **({"decoder_input_ids": text[None].to(device)} if config.is_encoder_decoder else {}),
         }
 
-    def _labelled(self, targets: torch.Tensor) -> tuple[torch.Tensor, AbstractContextManager[None]]:
-        """The targets [1, n] that are labels, and what makes the head compute only their positions."""
+    def _targets(
+        self, labels: torch.Tensor | None, everywhere: bool
+    ) -> tuple[torch.Tensor | None, AbstractContextManager[None]]:
+        """Targets [B, S], or those that are labels, [1, n], and what makes the head compute no others."""
+        if labels is None:
+            return None, nullcontext()
+        # An encoder-decoder's inputs are shifted already, so its labels must not be.
+        targets = labels if self.config.is_encoder_decoder else next_labels(labels)
+        if everywhere:
+            return targets, nullcontext()
         places = labelled_places(targets)
-        head = head_only_at(self.get_output_embeddings(), places)
-        return targets.flatten()[places][None], head
+        return targets.flatten()[places][None], head_only_at(self.get_output_embeddings(), places)
+
+    def _mask_and_positions(
+        self,
+        input_ids: torch.Tensor | None,
+        embeds: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        cache: Any,
+        prefix_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> dict[str, Any]:
+        """Of a decoder-only model's tokens [B, S, Dt]."""
+        if self.config.prefix_attention and mask is None:
+            # Positions are counted along it, and no language model can count along the mask made below.
+            past = 0 if cache is None else cache.get_seq_length()
+            mask = torch.ones(len(embeds), past + embeds.shape[1], device=embeds.device)
+        if positions is None:
+            positions = self.position_ids(input_ids, mask)
+            if positions is not None:
+                positions = positions[:, -embeds.shape[1] :]
+        if self.config.prefix_attention:
+            config = self.language_model.config
+            mask = prefix_attention_mask(config, embeds, mask, cache, prefix_mask, labels)
+        return {"attention_mask": mask, "position_ids": positions}
 
     def forward(
         self,
@@ -288,6 +320,9 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
                 `pixel_values`; of no image where the batch has none.
             **kwargs: passed on; `num_items_in_batch` normalises the loss over the global batch.
         """
+        num_items = kwargs.pop("num_items_in_batch", None)
+        # First: to find the labels, one has to wait for what the device is doing.
+        targets, at_labels = self._targets(labels, everywhere=not self.training and num_items is None)
         if inputs_embeds is None and encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")
@@ -300,47 +335,25 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             }
             inputs_embeds, context = self.embed(input_ids, pixel_values, **of_images)
             fusion_context = context if context is not None else fusion_context
-        num_items = kwargs.pop("num_items_in_batch", None)
         own: dict[str, Any]
         if self.config.is_encoder_decoder or inputs_embeds is None:  # None: in encoder_outputs already
+            own = {"attention_mask": attention_mask, "encoder_outputs": encoder_outputs}
             if decoder_input_ids is None:
-                states: Any = inputs_embeds if encoder_outputs is None else encoder_outputs[0]  # [B, S, Dt]
-                answer = labels if labels is not None else states.new_zeros(len(states), 1, dtype=torch.long)
+                prompt: Any = inputs_embeds if encoder_outputs is None else encoder_outputs[0]  # [B, S, Dt]
+                answer = labels if labels is not None else prompt.new_zeros(len(prompt), 1, dtype=torch.long)
                 decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(answer)
-            own = {"decoder_input_ids": decoder_input_ids, "encoder_outputs": encoder_outputs}
+            own["decoder_input_ids"] = decoder_input_ids
         else:
-            if self.config.prefix_attention and attention_mask is None:
-                # Positions are counted along it, and no language model can count along the mask made below.
-                past = 0 if past_key_values is None else past_key_values.get_seq_length()
-                attention_mask = torch.ones(len(inputs_embeds), past + inputs_embeds.shape[1])
-                attention_mask = attention_mask.to(inputs_embeds.device)
-            if position_ids is None:
-                position_ids = self.position_ids(input_ids, attention_mask)
-                if position_ids is not None:
-                    position_ids = position_ids[:, -inputs_embeds.shape[1] :]
-            if self.config.prefix_attention:
-                attention_mask = prefix_attention_mask(
-                    self.language_model.config,
-                    inputs_embeds,
-                    attention_mask,
-                    past_key_values,
-                    prefix_mask,
-                    labels,
-                )
-            own = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+            own = self._mask_and_positions(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, prefix_mask, labels
+            )
+            own["logits_to_keep"] = logits_to_keep
             if self.fusion is not None:
                 own |= self.fusion.arguments(fusion_context)
-        targets = at_labels = None
-        if labels is not None:
-            # An encoder-decoder's inputs are shifted already, so its labels must not be.
-            targets = labels if self.config.is_encoder_decoder else next_labels(labels)
-            if self.training or num_items is not None:
-                targets, at_labels = self._labelled(targets)
-        with at_labels or nullcontext():
+        with at_labels:
             output = call_language_model(
                 self.language_model,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 # A cache filled during training would only take memory.
                 use_cache=False if use_cache is None and labels is not None else use_cache,

@@ -10,6 +10,7 @@ where a layer sees only a window, because what is in the window is said by the m
 
 from __future__ import annotations
 
+import inspect
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-_HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # since PyTorch 2.10
+
+def _varlen_options() -> frozenset[str]:
+    """What PyTorch's operator can be told: a window since 2.11, and since 2.12 that heads are grouped."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+_OPTIONS = _varlen_options()
 
 
 def packed_attention(
@@ -48,21 +59,40 @@ def packed_attention(
         bounds = nn.functional.pad((position_ids[0] == 0).nonzero()[:, 0], (0, 1), value=length)
     if bounds is None or len(bounds) < 3:
         return sdpa_attention_forward(module, query, key, value, None, **options)
-    if runs_varlen(query) and not options.get("dropout"):
+    if runs_varlen(query, value) and not options.get("dropout"):
         return _varlen(query, key, value, bounds.int(), max_length_q, options.get("scaling")), None
     sizes = [end - start for start, end in pairwise(bounds.tolist())]
     rows = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, None, **options)[0] for row in rows], dim=1), None
 
 
-def runs_varlen(query: Tensor) -> bool:
-    """Whether PyTorch's variable-length attention computes this: on CUDA, in half precision."""
-    if query.device.type != "cuda" or not _HAS_VARLEN:
+def runs_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's variable-length flash attention computes this: on CUDA, in half precision.
+
+    Its kernels are for compute capability 8.0 (Ampere) and up, and for heads of up to 256 channels in eights,
+    which `scaled_dot_product_attention` would pad.
+    """
+    if query.device.type != "cuda" or "window_size" not in _OPTIONS:
         return False
-    half = (torch.bfloat16, torch.float16)
-    return query.dtype in half or (
-        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") in half
+    width, half = query.shape[-1], (torch.bfloat16, torch.float16)
+    return (
+        _dtype_of(query) in half
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and _has_kernels()
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels() -> bool:
+    """Whether the GPU is one that the flash kernels are made for."""
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _dtype_of(states: Tensor) -> torch.dtype:
+    """In which it is computed: rotary positions leave queries and keys in float32 under autocast."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
 
 
 def _varlen(
@@ -71,16 +101,14 @@ def _varlen(
     """[1, heads, S, width] -> [1, S, heads, width]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # Rotary positions leave queries and keys in float32 under autocast, which this operator does not know.
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
-    q, k, v = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [S, heads, width]
+    dtype = _dtype_of(query)
+    # [S, heads, width] each
+    q, k, v = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
     most = int((bounds[1:] - bounds[:-1]).max()) if longest is None else longest
-    grouped = len(key[0]) != len(query[0])
+    grouped: Any = {"enable_gqa": k.shape[1] != q.shape[1]} if "enable_gqa" in _OPTIONS else {}
     causal = (-1, 0)
-    out: Any = varlen_attn(
-        q, k, v, bounds, bounds, most, most, scale=scale, window_size=causal, enable_gqa=grouped
-    )
-    return out[None]
+    out: Any = varlen_attn(q, k, v, bounds, bounds, most, most, scale=scale, window_size=causal, **grouped)
+    return out.unsqueeze(0)
 
 
 def packed_mask(*, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:

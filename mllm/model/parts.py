@@ -151,19 +151,19 @@ def load_language_model(
 
     With `quantization="nf4"` its linear layers but the head are loaded in 4 bit (QLoRA, arXiv 2305.14314).
     """
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    dtype = dtype or torch.float32
     if quantization is not None:
-        return _load_in_4_bit(source, dtype or torch.float32, attention)
+        return _load_in_4_bit(source, dtype, options)
     if isinstance(source, PreTrainedModel):
         return source
-    options = {"attn_implementation": attention} if attention else {}
     config = load_config(source, "language_model")
     if isinstance(source, Mapping):
-        return nn.Module.to(build_language_model(config, **options), dtype or torch.float32)
-    factory = language_model_class(config)
-    return load_named(factory, source, "language_model", dtype=dtype or torch.float32, **options)
+        return nn.Module.to(build_language_model(config, **options), dtype)
+    return load_named(language_model_class(config), source, "language_model", dtype=dtype, **options)
 
 
-def _load_in_4_bit(source: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+def _load_in_4_bit(source: Any, dtype: torch.dtype, options: Mapping[str, Any]) -> PreTrainedModel:
     """NF4 with double quantisation; everything else, and the products, in `dtype`."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError("4 bit needs bitsandbytes; run: pip install 'mllm[quant]'")
@@ -175,11 +175,10 @@ def _load_in_4_bit(source: Any, dtype: torch.dtype, attention: str | None) -> Pr
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     factory = language_model_class(load_config(source, "language_model"))
-    model = load_named(
-        factory, source, "language_model", dtype=dtype, quantization_config=settings, **options
-    )
+    # Beside the other parts: by itself it would go to a GPU, and on every rank to the same one.
+    placed = {"device_map": {"": "cpu"}, "quantization_config": settings, "dtype": dtype}
+    model = load_named(factory, source, "language_model", **placed, **options)
     for layer in model.modules():
         # Else, on some CPUs, the first call without gradients would pack the weights in another way, round
         # their scales, and stop where a layer is narrower than a block.

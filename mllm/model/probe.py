@@ -23,8 +23,10 @@ def probe(model: PartedModel) -> dict[str, Any]:
     model.eval()
     # In a mixed precision run, accelerate lays autocast over `forward`; a loaded model computes without.
     forward = model.__dict__.pop("forward", None)
+    # On a GPU, convolutions in float32 would round to TF32, and those of the CPU that loads it do not.
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), exact:
             logits = model.probe_logits(**inputs).float()
     finally:
         if forward is not None:

@@ -90,7 +90,7 @@ class LongestFirst(TrainerCallback):
         inputs = model_inputs(batch, args.device)
         with aside(model), torch.enable_grad():
             model.train()
-            states = [] if args.deepspeed else _room_for_states(model, args.device)
+            states = [] if args.deepspeed else _room_for_states(model, args.device, args.optim)
             loss = model(**inputs).loss
             _backward(loss, model, bool(args.deepspeed))
             del loss, states
@@ -111,11 +111,15 @@ def _backward(loss: torch.Tensor, model: nn.Module, deepspeed: bool) -> None:
         torch.autograd.grad(loss, _first_of_each_part(model), allow_unused=True)
 
 
-def _room_for_states(model: nn.Module, device: torch.device) -> list[torch.Tensor]:
-    """Memory that Adam's moments will take from the first step on; nothing on a CPU, which gives no OOM."""
-    if device.type == "cpu":
+def _room_for_states(model: nn.Module, device: torch.device, optim: str) -> list[torch.Tensor]:
+    """Memory that Adam's moments will take from the first step on.
+
+    Nothing on a CPU, which gives no OOM, for moments that are paged to it, and for other optimisers.
+    """
+    if device.type == "cpu" or not optim.startswith("adamw"):
         return []
-    return [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+    dtype = torch.uint8 if "8bit" in optim else None
+    return [torch.empty_like(p, dtype=dtype) for p in model.parameters() if p.requires_grad for _ in range(2)]
 
 
 def _first_of_each_part(model: nn.Module) -> list[nn.Parameter]:

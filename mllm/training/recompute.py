@@ -17,14 +17,14 @@ from mllm.model.parted import PartedModel
 
 # Matrix products, and which of their arguments are multiplied.
 _SIDES = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
-# Attention of every backend, PyTorch's and flash-attn's; convolutions; products with weights in 4 bit.
+# Attention of every backend, PyTorch's and each flash-attn's; convolutions; products with weights in 4 bit.
 _DEAR = (
     "aten::_scaled_dot_product",
     "aten::_flash_attention",
     "aten::_efficient_attention",
     "aten::convolution",
     "torch_attn::",
-    "flash_attn::",
+    "flash_attn",
     "bitsandbytes::",
 )
 

@@ -6,6 +6,7 @@ Each is a key of the section `train` and off by default: `gradient_checkpointing
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import Any
 
@@ -90,13 +91,18 @@ def use_liger(model: Any) -> None:
 
 @torch.no_grad()
 def _probe_on_gpu(model: Any) -> torch.Tensor:
-    training = model.training
-    model.to("cuda").eval()
-    inputs = {name: tensor.to("cuda") for name, tensor in model.probe_inputs().items()}
-    with torch.autocast("cuda", torch.bfloat16):
+    training, gpu = model.training, own_gpu()
+    model.to(gpu).eval()
+    inputs = {name: tensor.to(gpu) for name, tensor in model.probe_inputs().items()}
+    with torch.cuda.device(gpu), torch.autocast("cuda", torch.bfloat16):
         logits = model.probe_logits(**inputs).float()
     model.train(training)
     return logits
+
+
+def own_gpu() -> torch.device:
+    """The GPU that this rank will train on, before anything has chosen it: or all ranks would meet on one."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _refuse_trained_encoder(model: PartedModel) -> None:

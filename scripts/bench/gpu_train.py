@@ -1,23 +1,28 @@
 """LLaVA-1.5-7B's shape on one GPU: stage 1, LoRA r=128 and full tuning, beside Hugging Face and PEFT.
 
-    python scripts/bench/gpu_train.py --json gpu_train.json          # an H200: about 25 minutes
+    export PYTORCH_ALLOC_CONF=expandable_segments:True               # rows differ in length
+    python scripts/bench/gpu_train.py --json gpu_train.json          # an H100 or H200: about 10 minutes
+    python scripts/bench/gpu_train.py --json gpu_train.json --stages full --who ours      # the rest stays
     python scripts/bench/gpu_train.py --tiny --device cpu            # does it run?
 
-Weights are random and made on the device: what a product costs does not depend on its numbers. Rows have the
-lengths of LLaVA-1.5's mix as `packing.py` guesses them (stage 1: captions of 20 tokens); every contender of a
-stage steps over the same rows. Ours packs them and recomputes nothing, or what is cheap (`--checkpointing`);
-Hugging Face's pads them and recomputes every layer, as LLaVA does. TFLOP/s count what the model needs
-(`mllm.training.flops`), not padding, recomputation and unread logits; `of the ceiling` is their share
-of what a large bf16 product reaches in the same run.
+Weights are random and made on the device: what a product costs does not depend on its numbers. Weights,
+gradients and Adam's states are bf16, 8 bytes a trained weight. Rows have the lengths of LLaVA-1.5's mix as
+`packing.py` guesses them (stage 1: captions of 20 tokens); every contender of a stage steps over the same
+rows. Ours packs them and recomputes nothing; where that does not fit the card, what is cheap, and then with
+half the tokens, for all contenders. Hugging Face's pads them and recomputes every layer, as LLaVA does.
+TFLOP/s count what the model needs (`mllm.training.flops`), not padding, recomputation and unread logits; `of
+the ceiling` is their share of what a large bf16 product reaches in the same run. What fails is told and does
+not end the run, and the file is written after each contender.
 """
 
 import argparse
 import gc
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,11 +44,21 @@ from mllm.data.tokens import IGNORE
 from mllm.model import MllmConfig, MllmForConditionalGeneration
 from mllm.training.flops import decoder_flops
 from mllm.training.recompute import checkpoint_selectively
+from mllm.training.speed import compile_layers
 from mllm.training.tuning import apply_tuning
 
 AIMS = {"stage 1": 0.80, "lora": 0.75, "full": 0.75}
 TUNING = {"stage 1": "frozen", "lora": "lora", "full": "full"}
+CONTENDERS = ("ours", "hugging face", "ours compiled")
 RANK = 128
+
+
+@dataclass(frozen=True)
+class Way:
+    """Tokens of a micro-batch, and what is computed again in its backward pass."""
+
+    tokens: int
+    recomputed: str
 
 
 @dataclass(frozen=True)
@@ -69,11 +84,16 @@ class Shape:
 
     @property
     def text_config(self) -> LlamaConfig:
-        """Llama-2, and one word more for the placeholder, which Hugging Face looks up."""
+        """Llama-2; its words with the placeholder, which Hugging Face looks up, are filled up to 64s."""
         return LlamaConfig(
-            vocab_size=self.vocab + 1, hidden_size=self.width, intermediate_size=self.inner,
+            vocab_size=self.words, hidden_size=self.width, intermediate_size=self.inner,
             num_hidden_layers=self.layers, num_attention_heads=self.heads, max_position_embeddings=4096,
         )  # fmt: skip
+
+    @property
+    def words(self) -> int:
+        """As published models have it: products with an odd side are slow."""
+        return (self.vocab // 64 + 1) * 64
 
     @property
     def image_tokens(self) -> int:
@@ -84,7 +104,7 @@ class Shape:
         """Of a step over these rows: what the model needs, forward and backward."""
         body = self.layers * (4 * self.width**2 + 3 * self.width * self.inner)
         adapters = self.layers * RANK * (8 * self.width + 3 * (self.width + self.inner)) * (stage == "lora")
-        head = self.width * (self.vocab + 1)
+        head = self.width * self.words
         trained = {"stage 1": 0, "lora": adapters, "full": body + head}[stage]
         text = decoder_flops(
             lengths.tokens.tolist(), int(lengths.labels.sum()), weights=body + adapters, head=head,
@@ -145,7 +165,7 @@ def batch_of(shape: Shape, lengths: Lengths, device: str, *, packed: bool) -> di
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
-def make_ours(shape: Shape, stage: str, device: str, checkpointing: str) -> Any:
+def make_ours(shape: Shape, stage: str, device: str, way: Way) -> Any:
     """Our model, tuned for the stage."""
     config = MllmConfig(
         vision_config=shape.vision_config, text_config=shape.text_config, connector={"type": "mlp"},
@@ -153,18 +173,18 @@ def make_ours(shape: Shape, stage: str, device: str, checkpointing: str) -> Any:
         num_prefix_tokens=1, pixel_shape=[3, shape.side, shape.side], vision_feature_layer=-2,
         vision_dim=shape.vision[0],
     )  # fmt: skip
+    lora = {"lora": LoraSection(r=RANK, alpha=2 * RANK, dropout=0.0)} if stage == "lora" else {}
     with made_in_half(device):
         model: Any = MllmForConditionalGeneration(config)
-    lora = {"lora": LoraSection(r=RANK, alpha=2 * RANK, dropout=0.0)} if stage == "lora" else {}
-    apply_tuning(model, TuneSection(language_model=TUNING[stage], **lora))  # type: ignore[arg-type]
+        apply_tuning(model, TuneSection(language_model=TUNING[stage], **lora))  # type: ignore[arg-type]
     in_half(model)
     model.language_model.set_attn_implementation("packed")
-    if checkpointing == "selective":
+    if way.recomputed == "selective":
         checkpoint_selectively(model)
     return model.train()
 
 
-def make_peer(shape: Shape, stage: str, device: str, _: str) -> Any:
+def make_peer(shape: Shape, stage: str, device: str) -> Any:
     """Hugging Face's model with PEFT's adapters, every layer recomputed."""
     from peft import LoraConfig, get_peft_model
 
@@ -178,9 +198,9 @@ def make_peer(shape: Shape, stage: str, device: str, _: str) -> Any:
     parts.vision_tower.requires_grad_(False)
     if stage == "lora":
         where = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
-        model = get_peft_model(
-            model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=where)
-        )
+        adapters = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=where)
+        with made_in_half(device):
+            model = get_peft_model(model, adapters)
     parts.multi_modal_projector.requires_grad_(True)
     in_half(model)
     parts.gradient_checkpointing_enable({"use_reentrant": False})
@@ -222,15 +242,16 @@ def ceiling(device: str) -> float:
     """TFLOP/s of a large bf16 product."""
     side = 8192 if device != "cpu" else 512
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = [seconds_of(device, lambda: a @ b) for _ in range(30)]
-    return 2 * side**3 / median(times[10:]) / 1e12
+    times = [seconds_of(device, lambda: a @ b) for _ in range(100)]
+    return 2 * side**3 / median(times[20:]) / 1e12
 
 
-def measure(
-    shape: Shape, stage: str, make: Callable[..., Any], packed: bool, args: argparse.Namespace
-) -> dict[str, float]:
-    """Steps of one contender over the stage's rows."""
-    model = make(shape, stage, args.device, args.checkpointing)
+def measure(shape: Shape, stage: str, who: str, way: Way, args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of one contender over the stage's rows, at most `args.steps` in `args.seconds`."""
+    ours = who != "hugging face"
+    model = make_ours(shape, stage, args.device, way) if ours else make_peer(shape, stage, args.device)
+    if who == "ours compiled":
+        compile_layers(model)
     learns = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learns, lr=1e-5, fused=args.device != "cpu")
     if args.device != "cpu":
@@ -242,29 +263,73 @@ def measure(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    for number, lengths in enumerate(rows_of(shape, stage, args.tokens, args.warmup + args.steps)):
-        batch = batch_of(shape, lengths, args.device, packed=packed)
+    for number, lengths in enumerate(rows_of(shape, stage, way.tokens, args.warmup + args.steps)):
+        batch = batch_of(shape, lengths, args.device, packed=ours)
         taken = seconds_of(args.device, lambda batch=batch: step(batch))  # type: ignore[misc]
         if number >= args.warmup:
             times.append(taken)
             rows.append(len(lengths))
             flops.append(shape.flops(lengths, stage))
+        if sum(times) > args.seconds:
+            break
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device != "cpu" else 0.0
     return {
         "samples_per_second": sum(rows) / sum(times),
         "tflops": sum(flops) / sum(times) / 1e12,
         "peak_gib": peak,
+        "steps": len(times),
+        **asdict(way),
     }
 
 
-def contenders(shape: Shape, args: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(stage, who, what was measured) of each, one model in memory at a time."""
-    for stage in args.stages:
-        for who, make, packed in (("ours", make_ours, True), ("hugging face", make_peer, False)):
-            yield stage, who, measure(shape, stage, make, packed, args)
-            gc.collect()
-            if args.device != "cpu":
-                torch.cuda.empty_cache()
+def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` measures, or why it could not; then its memory is free again."""
+    try:
+        found = work()
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # also of memory, and compilers'
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def measure_first(shape: Shape, stage: str, who: str, ways: list[Way], args: Any) -> dict[str, Any]:
+    """In the first of the ways that fits the card."""
+    for way in ways:
+        found = tried(lambda way=way: measure(shape, stage, who, way, args))  # type: ignore[misc]
+        if not any(word in found.get("error", "") for word in ("OutOfMemoryError", "ALLOC_FAILED")):
+            break
+    return found
+
+
+def ways_of(who: str, ours: dict[str, Any], args: argparse.Namespace) -> list[Way]:
+    """What a contender tries; where ours has been measured, over the same rows."""
+    if who != "ours":
+        return [Way(ours.get("tokens", args.tokens), "every layer" if who == "hugging face" else "none")]
+    kinds = ["none", "selective"] if args.checkpointing == "auto" else [args.checkpointing]
+    less = [Way(args.tokens // part, kinds[-1]) for part in (2, 4)]
+    return [*(Way(args.tokens, kind) for kind in kinds), *less]
+
+
+def table_of(found: dict[str, Any], best: float) -> Table:
+    """All contenders, those that failed with their reason."""
+    table = Table(title=f"ceiling {best:.0f} TFLOP/s", title_justify="left")
+    for column in ("stage", "", "samples/s", "TFLOP/s", "of ceiling", "aim", "GiB", "tokens", "recomputed"):
+        table.add_column(column)
+    for stage, contenders in found.items():
+        for who, numbers in contenders.items():
+            if "error" in numbers:
+                table.add_row(stage, who, numbers["error"])
+                continue
+            table.add_row(
+                stage, who, f"{numbers['samples_per_second']:.2f}", f"{numbers['tflops']:.3g}",
+                f"{numbers['of_ceiling']:.2f}", "" if who == "hugging face" else f"{AIMS[stage]:.2f}",
+                f"{numbers['peak_gib']:.1f}", str(numbers["tokens"]), numbers["recomputed"],
+            )  # fmt: skip
+    return table
 
 
 def main() -> None:
@@ -274,33 +339,34 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand weights")
     parser.add_argument("--tokens", type=int, default=9000, help="of a micro-batch")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=30, help="of a contender's steps, warm-up left out")
     parser.add_argument("--stages", nargs="+", default=list(TUNING), choices=list(TUNING))
-    parser.add_argument("--checkpointing", default="none", choices=["none", "selective"])
+    parser.add_argument("--who", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--checkpointing", default="auto", choices=["auto", "none", "selective"])
     args = parser.parse_args()
     shape = TINY if args.tiny else Shape()
     best = ceiling(args.device)
-    found: dict[str, Any] = {}
-    table = Table(title=f"ceiling {best:.0f} TFLOP/s", title_justify="left")
-    for column in ("stage", "", "samples/s", "TFLOP/s", "of the ceiling", "aim", "peak GiB"):
-        table.add_column(column)
-    for stage, who, numbers in contenders(shape, args):
-        numbers["of_ceiling"] = numbers["tflops"] / best
-        found.setdefault(stage, {})[who] = numbers
-        aim = f"{AIMS[stage]:.2f}" if who == "ours" else ""
-        table.add_row(
-            stage, who, f"{numbers['samples_per_second']:.2f}", f"{numbers['tflops']:.3g}",
-            f"{numbers['of_ceiling']:.2f}", aim, f"{numbers['peak_gib']:.1f}",
-        )  # fmt: skip
-    Console().print(table)
-    if args.json:
-        card = torch.cuda.get_device_name() if args.device != "cpu" else "cpu"
-        about = {
-            "card": card, "ceiling_tflops": best, "tokens": args.tokens, "steps": args.steps,
-            "torch": torch.__version__, "transformers": transformers.__version__,
-        }  # fmt: skip
-        write_atomic(args.json, json.dumps({"stages": found, "about": about}, indent=1) + "\n")
+    about = {
+        "card": torch.cuda.get_device_name() if args.device != "cpu" else "cpu", "ceiling_tflops": best,
+        "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    known = args.json and args.json.is_file()
+    found: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8"))["stages"] if known else {}
+    # Compilers take their time: they come last.
+    parts = [(stage, who) for stage in args.stages for who in args.who if who != "ours compiled"]
+    parts += [(stage, who) for stage in args.stages for who in args.who if who == "ours compiled"]
+    for stage, who in parts:
+        of_stage = found.setdefault(stage, {})
+        ways = ways_of(who, of_stage.get("ours", {}), args)
+        of_stage[who] = numbers = measure_first(shape, stage, who, ways, args)
+        if "tflops" in numbers:
+            numbers["of_ceiling"] = numbers["tflops"] / best
+        print(stage, who, numbers, flush=True)
+        if args.json:
+            write_atomic(args.json, json.dumps({"stages": found, "about": about}, indent=1) + "\n")
+    Console().print(table_of(found, best))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ import ctypes
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -150,7 +150,7 @@ def write_rows(folder: Path, rows: int) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(written) + "\n")
 
 
-def run_of(folder: Path, stage: str, tuning: str, batch: int, **train_options: Any) -> RunConfig:
+def run_of(folder: Path, stage: str, tuning: str, batch: int) -> RunConfig:
     """Our run over the rows: packed, nothing recomputed."""
     return RunConfig.model_validate(
         {
@@ -163,15 +163,14 @@ def run_of(folder: Path, stage: str, tuning: str, batch: int, **train_options: A
             "data": {"path": str(folder / f"{stage}.jsonl"), "image_root": str(folder), "packing": True},
             "train": {
                 "output_dir": str(folder / f"ours-{stage}-{tuning}"), "per_device_batch_size": batch,
-                "learning_rate": 1e-4, "logging_steps": 1000, **train_options,
+                "learning_rate": 1e-4, "logging_steps": 1000,
             },
         }
     )  # fmt: skip
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of an epoch and its loss, the loading of batches included; start, save and the like left
-    out."""
+    """Seconds of an epoch, the loading of batches included; start, save and the like left out."""
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start."""
@@ -179,7 +178,7 @@ class Stopwatch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop."""
-        self.seconds, self.steps = time.process_time() - self.start, state.global_step
+        self.seconds = time.process_time() - self.start
 
 
 class Bench:
@@ -245,31 +244,17 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 class _Mallinfo2(ctypes.Structure):
-    """`struct mallinfo2` of glibc."""
+    """`struct mallinfo2` of glibc: ten sizes, `hblkhd` the fifth and `uordblks` the eighth."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    _fields_ = [("sizes", ctypes.c_size_t * 10)]
 
 
 def live_bytes() -> int:
     """Bytes that the process has allocated and not freed, those of tensors on the CPU among them."""
     libc = ctypes.CDLL("libc.so.6")
     libc.mallinfo2.restype = _Mallinfo2
-    info = libc.mallinfo2()
-    return info.uordblks + info.hblkhd
+    sizes = libc.mallinfo2().sizes
+    return sizes[7] + sizes[4]
 
 
 def forward_backward(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[int, float]:
@@ -330,13 +315,9 @@ def head_speedup(rounds: int) -> float:
         nn.functional.cross_entropy(logits.float().flatten(0, 1), chosen).backward()
         return time.process_time() - start
 
-    @contextmanager
-    def everywhere() -> Iterator[None]:
-        yield
-
     pairs = []
     for _ in range(2 * rounds + 2):
-        whole = seconds(labels.flatten(), everywhere())
+        whole = seconds(labels.flatten(), nullcontext())
         pairs.append(whole / seconds(labels.flatten()[places], head_only_at(head, places)))
     return median(pairs[1:])
 

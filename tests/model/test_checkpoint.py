@@ -402,6 +402,19 @@ def test_a_changed_base_model_is_named(spoilt_world: tuple[Path, Path]) -> None:
     assert "base={'vision_encoder'" in str(error.value)
 
 
+def test_the_probe_does_not_round_to_tf32(run_of: Callable[[str], Run]) -> None:
+    """As a GPU's convolutions in float32 do by default, and a CPU that loads the checkpoint does not."""
+    model, _ = mllm.load(run_of("llm").output)
+    seen = []
+    model.vision_encoder.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32), with_kwargs=True
+    )
+    before = torch.backends.cudnn.allow_tf32
+    probe(model)
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 is before is True
+
+
 def test_a_base_model_that_computes_differently_fails_the_probe(spoilt_world: tuple[Path, Path]) -> None:
     world, run = spoilt_world
     edit_json(world / "language" / "config.json", lambda c: c.update(rms_norm_eps=0.5))

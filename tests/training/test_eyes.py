@@ -27,7 +27,7 @@ from mllm.training.callbacks import known_lengths
 from mllm.training.eyes import Eyes, QuietProgress, peak_tflops
 from mllm.training.flops import StepFlops
 from mllm.training.guards import read_metrics
-from mllm.training.longest import LongestFirst, longest_rows, sample_numbers
+from mllm.training.longest import LongestFirst, _room_for_states, longest_rows, sample_numbers
 from mllm.training.outline import outline
 from mllm.training.plan import Measure
 from mllm.training.plan import step_flops as traced_flops
@@ -295,6 +295,18 @@ def test_the_longest_of_a_sample_or_of_all(world: Path) -> None:
     assert len(sample_numbers(10_000)) == 512
     assert sample_numbers(10_000)[-1] == 9_999
     assert LongestFirst(rows, None, chosen).rows == chosen
+
+
+@pytest.mark.parametrize(
+    ("optim", "moments"),
+    [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("paged_adamw_32bit", 0), ("adafactor", 0)],
+)
+def test_room_for_what_the_optimiser_keeps_on_a_gpu(optim: str, moments: int) -> None:
+    model = torch.nn.Linear(3, 5, device="meta")
+    model.bias.requires_grad_(False)
+    room = _room_for_states(model, torch.device("meta"), optim)
+    assert sum(tensor.nbytes for tensor in room) == moments * 15
+    assert _room_for_states(model, torch.device("cpu"), optim) == []
 
 
 def test_aside_puts_back_numbers_modes_and_buffers() -> None:

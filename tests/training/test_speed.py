@@ -1,5 +1,8 @@
 """What makes a step faster or smaller changes no loss and no gradient."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from mllm.data.packing import PackingCollator
 from mllm.errors import ConfigError
 from mllm.training.guards import read_metrics
 from mllm.training.recompute import checkpoint_selectively
-from mllm.training.speed import compile_layers, speed_up
+from mllm.training.speed import compile_layers, own_gpu, speed_up
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
 
@@ -163,6 +166,28 @@ def test_what_cannot_be(
         train(run_config(world, tmp_path / "run", TUNINGS[tuning], **options))
 
 
+def test_each_rank_tries_kernels_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_gpu() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_gpu() == torch.device("cuda", 3)
+
+
 def test_two_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="compile and gradient_checkpointing 'selective' are both given"):
         TrainSection(output_dir="x", compile=True, gradient_checkpointing="selective")
+
+
+def test_what_is_measured_on_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "bench" / "gpu_train.py"
+    options = ["--tiny", "--device=cpu", "--tokens=400", "--steps=1", "--warmup=0", "--who=ours"]
+    known = {"stages": {"lora": {"hugging face": {"error": "OutOfMemoryError"}}}}
+    (tmp_path / "found.json").write_text(json.dumps(known))
+    command = [sys.executable, str(script), *options, "--json", str(tmp_path / "found.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())["stages"]
+    assert set(found) == {"stage 1", "lora", "full"}
+    for contenders in found.values():
+        assert contenders["ours"]["tflops"] > 0
+        assert contenders["ours"]["tokens"] == 400
+    assert found["lora"]["hugging face"] == known["stages"]["lora"]["hugging face"]  # not measured again

@@ -170,6 +170,15 @@ def test_experts_start_as_what_the_layers_in_4_bit_compute(worlds: Any) -> None:
     assert not torch.equal(expert.weight, model.fusion.experts[0]["mlp_down_proj"].weight)
 
 
+def test_a_gpu_does_not_part_it_from_the_rest(worlds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would load a model in 4 bit onto the GPU at once, and the other parts are not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    config = run_config(worlds("llama"), Path("none"), QLORA)
+    model, _ = build(config.model, config.tune)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
 def test_an_object_is_not_put_in_4_bit(worlds: Any) -> None:
     with pytest.raises(ConfigError, match="only a directory or Hub name can be loaded in 4 bit"):
         compose(make_vision(), make_vision(), quantization="nf4")
