@@ -1,7 +1,7 @@
 """Data sets of Hugging Face's `datasets`, read row by row in any order from their memory-mapped tables.
 
-`hf:` and then a place: a folder of `save_to_disk`, a folder or file of parquet, arrow or JSON Lines, or a
-name on the Hub; and, behind colons, a configuration and a split: `hf:PLACE`, `hf:PLACE:SPLIT`,
+`hf:` and then a place: a folder of `save_to_disk`, a folder or file of parquet, arrow or JSON Lines (also
+.gz), or a name on the Hub; and, behind colons, a configuration and a split: `hf:PLACE`, `hf:PLACE:SPLIT`,
 `hf:PLACE:CONFIGURATION:SPLIT`. The split is `train` if none is named.
 
 A row is told by its columns: `conversations` (LLaVA), `messages`, `texts` (pairs of user and assistant, as
@@ -158,10 +158,9 @@ def _saved(place: HfPlace) -> Any:
 def data_files(place: HfPlace) -> tuple[str, list[str]]:
     """The builder and the files of a local folder or file: those that begin with the split, or all."""
     root = Path(place.place)
-    endings = tuple(_BUILDERS)
     every = root.rglob("*") if root.is_dir() else [root]
-    found = sorted(path for path in every if path.name.endswith(endings) and path.name not in _NOTES)
-    kinds = {_BUILDERS["".join(path.suffixes[-1 - (path.suffix == ".gz") :])] for path in found}
+    found = sorted(path for path in every if _builder(path) and path.name not in _NOTES)
+    kinds = {str(_builder(path)) for path in found}
     if len(kinds) != 1:
         has = f"files of the kinds {', '.join(sorted(kinds))}" if kinds else "no parquet, arrow or JSON files"
         raise ConfigError(f"{place}: the folder has {has}; one kind is read at a time")
@@ -169,6 +168,10 @@ def data_files(place: HfPlace) -> tuple[str, list[str]]:
     if not of_split and place.split != "train":
         raise ConfigError(f"{place}: no file's name begins with {place.split!r}; name another split")
     return kinds.pop(), [str(path) for path in of_split or found]
+
+
+def _builder(path: Path) -> str | None:
+    return next((kind for ending, kind in _BUILDERS.items() if path.name.endswith(ending)), None)
 
 
 def identity(place: HfPlace, data: Any) -> str:

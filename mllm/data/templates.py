@@ -290,7 +290,8 @@ class _Outline(NamedTuple):
     lost: int | None
 
 
-# Contents are not rendered: a template runs once for all conversations of one shape.
+# Contents are not rendered: a template runs once for all conversations of one shape. (One that writes the
+# date keeps to that of the first.)
 @lru_cache(maxsize=1024)
 def _outline(
     shape: tuple[tuple[str, tuple[str, ...]], ...],
