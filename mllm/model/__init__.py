@@ -6,11 +6,13 @@ from parts and checkpoint saves and loads it.
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
 )
+
+# By its module: up to transformers 5.17, `transformers.AutoImageProcessor` asks for torchvision.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from mllm.model.checkpoint import load, save
 from mllm.model.compose import compose

@@ -15,11 +15,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # see mllm/model/__init__.py
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mllm.errors import ConfigError

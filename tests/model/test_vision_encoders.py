@@ -19,7 +19,6 @@ from conftest import (
     mixed_conversations,
 )
 from transformers import (
-    AutoImageProcessor,
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPConfig,
@@ -30,6 +29,7 @@ from transformers import (
     OPTConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 

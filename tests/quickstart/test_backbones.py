@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import mllm.quickstart
 from mllm.quickstart.corpus import SYSTEM, document, documents, encode, scene_map, train_tokenizer
