@@ -26,8 +26,8 @@ from mllm.training.build import build, open_mixture
 from mllm.training.callbacks import known_lengths
 from mllm.training.eyes import Eyes, QuietProgress, peak_tflops
 from mllm.training.flops import StepFlops
-from mllm.training.guards import read_metrics
 from mllm.training.longest import LongestFirst, longest_rows, sample_numbers
+from mllm.training.metrics import read_metrics
 from mllm.training.outline import outline
 from mllm.training.plan import Measure
 from mllm.training.plan import step_flops as traced_flops

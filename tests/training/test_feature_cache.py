@@ -27,7 +27,7 @@ from mllm.training import feature_cache
 from mllm.training.build import build
 from mllm.training.explain import explain
 from mllm.training.feature_cache import check_cacheable
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from mllm.config import TrainSection, TuneSection
 from mllm.data.collator import Collator
 from mllm.data.packing import PackingCollator
 from mllm.errors import ConfigError
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.recompute import checkpoint_selectively
 from mllm.training.speed import compile_layers, speed_up
 from mllm.training.train import train

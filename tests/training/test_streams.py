@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from mllm.config import RunConfig
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import read_manifest
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]

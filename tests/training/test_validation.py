@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import make_picture
+from matplotlib import rc_context
 from runs import TUNINGS, make_world, run_config, tune
 
 import mllm
@@ -26,7 +27,7 @@ from mllm.data.rows import open_rows
 from mllm.data.schema import assistant, images_of, user
 from mllm.errors import ConfigError, DataError
 from mllm.training.build import build
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import plot_losses, read_metrics
 from mllm.training.train import train
 from mllm.training.validation import Blanked, Validation, shuffle_images
 
@@ -233,7 +234,8 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
         cut = validation.measure(model, Accelerator(cpu=True))
     assert abs(cut["image_gap"]) < 1e-5
     (message,) = flagged(caplog)
-    assert "THE MODEL IGNORES THE IMAGE" in message and "\n" not in message
+    assert "THE MODEL IGNORES THE IMAGE" in message
+    assert "\n" not in message
 
 
 # -- the best checkpoint ----------------------------------------------------------------------------
@@ -270,6 +272,24 @@ def test_everything_is_reported_where_the_recipe_says(world: Path, tmp_path: Pat
     assert wanted <= tags, wanted - tags
     (line,) = metrics(output, "val/loss")
     assert events.Scalars("train/val/loss")[0].value == pytest.approx(line["val/loss"])
+
+
+def test_the_picture_of_the_losses_has_those_of_validation(tmp_path: Path) -> None:
+    """In one whose words can be read; rows that all have an image are one curve, not two."""
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    seen = {"val/loss_images": 1.5, "val/loss_shuffled": 1.6, "val/loss_blank": 1.7, "step": 2}
+    runs = {"a": lines, "b": [*lines, {**seen, "val/loss": 1.5}], "c": [*lines, {**seen, "val/loss": 1.4}]}
+    with rc_context({"svg.fonttype": "none"}):
+        plot_losses(runs, tmp_path / "loss.svg")
+    drawn = (tmp_path / "loss.svg").read_text()
+    assert [drawn.count(f">{name}<") for name in runs] == [1, 1, 1]
+    for what, names in {
+        "validation": "bc",
+        "validation, rows with an image": "c",
+        "the same with others' images": "bc",
+        "the same with blank images": "bc",
+    }.items():
+        assert [name for name in runs if f">{name}, {what}<" in drawn] == list(names)
 
 
 def test_pairs_are_refused(world: Path) -> None:
