@@ -27,6 +27,8 @@ Rate = Annotated[float, Field(gt=0)]
 Checkpointing = bool | Literal["selective"]
 Layer = int | Literal["last", "pooled", "projected"]
 RECIPES = Path(__file__).parent / "recipes"
+# Keys of the section `model` that name models or what belongs to them, on disk or on the Hub.
+PLACES = ("vision_encoder", "language_model", "text_encoder", "tokenizer", "image_processor")
 
 
 class Section(BaseModel):
@@ -561,9 +563,33 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(raw, override)
     try:
-        return RunConfig.model_validate(raw)
+        config = RunConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from error
+    _check_places(config.model, path)
+    return config
+
+
+def _check_places(section: ModelSection, path: Path) -> None:
+    """A folder that is not there is told before anything is loaded, and not as a name that the Hub lacks."""
+    for key in PLACES:
+        given = getattr(section, key)
+        for place in given if isinstance(given, list) else [given]:
+            if isinstance(place, str) and _is_absent_folder(place):
+                whole = Path(place).expanduser()  # libraries take `~` for a name
+                fix = f"write {str(whole)!r}" if whole.exists() else "give a model's folder or Hub name"
+                raise ConfigError(f"{path}: model.{key}: there is no folder {place!r}; {fix}")
+
+
+def _is_absent_folder(place: str) -> bool:
+    """Whether this can only be a path, as a name on the Hub has one slash at most, and there is none such.
+
+    It is written out (`/`, `./`, `~`), has several folders, or begins with one that is there.
+    """
+    if place.startswith("mllm://") or Path(place).exists():
+        return False
+    first, *rest = Path(place).parts
+    return place.startswith(("/", ".", "~")) or len(rest) > 1 or bool(rest and Path(first).is_dir())
 
 
 def find_recipe(recipe: str | Path) -> Path:

@@ -12,24 +12,31 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_flash_attn_2_available
 
 from mllm.config import RunConfig, TrainSection
 from mllm.data.mixture import Mixture
 from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
+from mllm.model import packed_attention  # noqa: F401  (registers with transformers)
 from mllm.revision import code_state
 from mllm.training.launch import check_launch
 from mllm.training.resume import PLAIN
 
+# Of transformers' forty optimisers, those that people mean.
+OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "lion_8bit"),
+    "sgd",
+)
 
-def check_options(options: TrainSection) -> None:
-    """Raise `ConfigError` before anything is loaded where the section `train` asks for what cannot be."""
-    folder = Path(options.output_dir).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ConfigError(f"train.output_dir: {str(place)!r} is no folder that can be written; name another")
+
+def check_options(config: RunConfig) -> None:
+    """Raise `ConfigError` before anything is loaded where a recipe asks for what cannot be here."""
+    options = config.train
+    _check_output_dir(options)
     if isinstance(options.resume, str) and options.resume != "auto" and not Path(options.resume).is_dir():
         raise ConfigError(
             f"train.resume: there is no folder {options.resume!r}; give auto, or the path of a checkpoint-N"
@@ -39,12 +46,8 @@ def check_options(options: TrainSection) -> None:
         get_scheduler(options.lr_scheduler_type, optimizer, 1, 2, options.lr_scheduler_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"train.lr_scheduler_type or _kwargs: {error}") from error
-    if options.optim is not None and options.optim not in {*OptimizerNames}:
-        near = difflib.get_close_matches(options.optim, [*OptimizerNames], n=1)
-        hint = f"; did you mean {near[0].value!r}?" if near else ""
-        raise ConfigError(f"train.optim: transformers knows no {options.optim!r}{hint}")
-    if options.optim is not None and "paged" in options.optim and not torch.cuda.is_available():
-        raise ConfigError(f"train.optim: {options.optim!r} pages between a GPU and the CPU; there is no GPU")
+    if options.optim is not None:
+        check_optimizer(options.optim)
     try:
         for callback in get_reporting_integration_callbacks(options.report_to):
             callback()
@@ -52,7 +55,54 @@ def check_options(options: TrainSection) -> None:
         raise ConfigError(f"train.report_to: {error}") from error
     if options.bf16 and torch.cuda.is_available():
         check_bf16(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+    check_attention_name(config.model.attn_implementation)
+    _check_flash(config)
     check_launch(options)
+
+
+def _check_output_dir(options: TrainSection) -> None:
+    folder = Path(options.output_dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(f"train.output_dir: {str(place)!r} is no folder that can be written; name another")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise `ConfigError` for an optimiser that transformers does not know, or that needs a GPU."""
+    if name not in {*OptimizerNames}:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+        near += difflib.get_close_matches(name, [one.value for one in OptimizerNames], n=1, cutoff=0.8)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(OPTIMIZERS)}, or another of its"
+        raise ConfigError(f"train.optim: transformers knows no {name!r}; {hint}")
+    if "paged" in name and not torch.cuda.is_available():
+        raise ConfigError(f"train.optim: {name!r} pages between a GPU and the CPU; there is no GPU")
+
+
+def check_attention_name(name: str | None) -> None:
+    """Raise `ConfigError` for an attention that transformers does not know; says what each one needs."""
+    if name is None or name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()) or "/" in name:
+        return  # with a slash it is a kernel on the Hub
+    raise ConfigError(
+        f"model.attn_implementation: there is no {name!r}; use sdpa or eager (run everywhere), packed (for "
+        "data.packing, everywhere), flash_attention_2 (a GPU, pip install flash-attn, train.bf16 or fp16) or "
+        "flex_attention (a GPU), or leave it out"
+    )
+
+
+def _check_flash(config: RunConfig) -> None:
+    """Flash attention has needs of its own, which transformers tells after it has loaded the weights."""
+    name, options = config.model.attn_implementation, config.train
+    if name is None or not name.startswith("flash_attention"):
+        return
+    if not torch.cuda.is_available():
+        lack = "it needs a GPU, and there is none"
+    elif name == "flash_attention_2" and not is_flash_attn_2_available():
+        lack = "it needs flash-attn; run: pip install flash-attn --no-build-isolation"
+    elif not (options.bf16 or options.fp16):
+        lack = "it computes in 16 bit alone; set train.bf16=true"
+    else:
+        return
+    raise ConfigError(f"model.attn_implementation is {name!r}, but {lack}; or use sdpa")
 
 
 def check_bf16(device: str, capability: tuple[int, int]) -> None:

@@ -35,6 +35,7 @@ from mllm.model.parts import load_config, load_named, load_vision_config
 from mllm.model.pretraining.pair_processing import PairProcessor
 from mllm.model.text_encoder import build_text_encoder
 from mllm.model.vision_encoder import build_vision_encoder
+from mllm.training.arguments import check_attention_name
 from mllm.training.build import build, change_for_stage
 from mllm.training.pretraining import build_pretraining
 from mllm.training.shapes import shapes_only
@@ -145,6 +146,7 @@ def _with_shapes(config: RunConfig) -> ModelSection:
     section, dtype = config.model, getattr(torch, config.model.dtype)
     changed: dict[str, Any] = {"connector_from": None}
     attention = section.attn_implementation
+    check_attention_name(attention)
     if attention not in (None, "eager"):
         attention = changed["attn_implementation"] = "sdpa"  # keeps the same, and needs no package
     if section.vision_encoder is not None:

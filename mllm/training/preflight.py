@@ -104,7 +104,7 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     data = config.data.model_copy(update=changes)
     error: MllmError | None = None
     try:
-        check_options(config.train)  # also what is left out below
+        check_options(config)  # also what is left out below
         train(config.model_copy(update={"train": aside, "data": data}), callbacks=callbacks, asker=asker)
     except StoppedBeforeStepOneError:
         pass

@@ -60,7 +60,7 @@ def train(
         The checkpoint directory (the run's `output_dir`).
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-    check_options(config.train)
+    check_options(config)
     if config.eval is not None and asker is None:
         raise ConfigError(
             "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"

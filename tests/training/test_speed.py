@@ -151,6 +151,7 @@ def test_runs_with_them(world: Path, tmp_path: Path) -> None:
         ("all", {"vision_batch_size": 2}, "train.vision_batch_size: the vision encoder is trained"),
         ("llm", {"kernels": "liger"}, r"train.kernels: liger.* (install|need a GPU)"),
         ("llm", {"optim": "adamw_tosch"}, "knows no 'adamw_tosch'; did you mean 'adamw_torch'"),
+        ("llm", {"optim": "adamm"}, "knows no 'adamm'; use adamw_torch, adamw_torch_fused, .*, or another"),
         ("llm", {"optim": "paged_adamw_32bit"}, "there is no GPU"),
     ],
 )
