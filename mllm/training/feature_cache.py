@@ -97,10 +97,13 @@ def check_cacheable(model: Any) -> None:
 def encoder_in_training(model: Any, args: TrainingArguments) -> Iterator[Features]:
     """What makes features of pixels, where and in the precision that training would.
 
-    DeepSpeed casts the whole model; without it, mixed precision is autocast around the weights as they are.
+    DeepSpeed casts the whole model; without it, mixed precision is autocast around the weights as they are,
+    which FSDP has cast as well (`sharded.fsdp_settings`).
     """
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     cast, autocast = (mixed, None) if args.deepspeed else (None, mixed)
+    if args.fsdp:
+        cast = torch.bfloat16 if args.bf16 else torch.float32
     own = model.vision_encoder
     if own.device != args.device or cast not in (None, own.dtype):
         model.vision_encoder = copy.deepcopy(own).to(args.device, cast)
