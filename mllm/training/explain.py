@@ -19,8 +19,9 @@ from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
 from mllm.training.build import open_mixture
+from mllm.training.memory import way_of_run
 from mllm.training.outline import example_batch, outline
-from mllm.training.plan import step_flops, way_of
+from mllm.training.plan import step_flops
 from mllm.training.shapes import trace_forward
 from mllm.training.tuning import PartReport, part_rates, tuning_table
 
@@ -115,7 +116,7 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
         warmup=warmup if options.warmup_steps is None else f"{options.warmup_steps} steps",
         schedule=options.lr_scheduler_type,
         precision=_precision(config),
-        distribution=way_of(options.deepspeed).name,
+        distribution=way_of_run(options).name,
         sample=[] if config.on_pairs else _sample(config, processor),
         notes=[*_notes(data, stream), *_cache_notes(config, model, processor, rows)],
     )

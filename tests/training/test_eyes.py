@@ -27,9 +27,9 @@ from mllm.training.callbacks import known_lengths
 from mllm.training.eyes import Eyes, QuietProgress, peak_tflops
 from mllm.training.flops import StepFlops
 from mllm.training.longest import LongestFirst, longest_rows, sample_numbers
+from mllm.training.memory import Measure
 from mllm.training.metrics import read_metrics
 from mllm.training.outline import outline
-from mllm.training.plan import Measure
 from mllm.training.plan import step_flops as traced_flops
 from mllm.training.steps import StepLog
 from mllm.training.train import train
