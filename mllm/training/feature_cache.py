@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,8 +65,7 @@ def cached_features(
         raise ConfigError(
             "data.feature_cache goes through all rows before training; set data.streaming=false"
         )
-    choice = config.data.feature_cache
-    folder = Path(config.train.output_dir) / "feature_cache" if choice is True else Path(str(choice))
+    folder = _folder_of(config)
     with encoder_in_training(model, args) as features:
         store = open_store(folder, model, processor, args, features)
         keys, missing = _to_compute(store, rows, args)
@@ -78,6 +79,33 @@ def cached_features(
             "on a disk that they share"
         )
     return store
+
+
+def try_cache(config: RunConfig, args: TrainingArguments, model: Any, processor: Any, rows: Mixture) -> str:
+    """Compute the features of a few pictures, and say how much disk and time all will take.
+
+    Arguments and errors as of `cached_features`. What is computed stays for the run.
+    """
+    check_cacheable(model)
+    with encoder_in_training(model, args) as features:
+        store = open_store(_folder_of(config), model, processor, args, features)
+        keys, missing = _to_compute(store, rows, args)
+        lacking = sum(key not in store for key in keys)
+        _check_room(store, lacking)
+        few = dict(itertools.islice(missing.items(), BATCH))
+        begun = time.perf_counter()
+        fill(store, features, processor, few)
+        seconds = (time.perf_counter() - begun) * len(missing) / max(1, len(few))
+    size = lacking * store.image_bytes / 1e9
+    return (
+        f"{lacking:,} of {len(keys):,} pictures are to be computed before step 1: {size:,.3g} GB, about "
+        f"{seconds / 60:,.1f} minutes where one process a rank decodes them; {len(few)} were tried"
+    )
+
+
+def _folder_of(config: RunConfig) -> Path:
+    choice = config.data.feature_cache
+    return Path(config.train.output_dir) / "feature_cache" if choice is True else Path(str(choice))
 
 
 def check_cacheable(model: Any) -> None:
