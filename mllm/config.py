@@ -379,10 +379,6 @@ class TrainSection(Section):
             )
         if self.deepspeed and self.fsdp:
             raise ValueError("deepspeed and fsdp are both given; choose one")
-        if self.save_total_limit and not self.save_steps:
-            raise ValueError(
-                "save_total_limit is given, but nothing is saved before the end; give save_steps"
-            )
         return self
 
     def accumulation(self, ranks: int) -> int:
@@ -484,6 +480,16 @@ class RunConfig(Section):
     def _stream_ends(self) -> RunConfig:
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("data.streaming: a stream has no end that is known; give train.max_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_what_is_saved(self) -> RunConfig:
+        best = self.val is not None and self.val.keep_best
+        if self.train.save_total_limit and not (self.train.save_steps or best):
+            raise ValueError(
+                "train.save_total_limit is given, but nothing is saved before the end; give train.save_steps "
+                "or val.keep_best"
+            )
         return self
 
     @model_validator(mode="after")

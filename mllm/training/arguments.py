@@ -121,55 +121,32 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
         ConfigError: a stage on pairs whose batch has no negatives, or is larger than the data; or a global
             batch that the ranks cannot divide.
     """
-    options, val = config.train, config.val
-    chosen: dict[str, Any] = {} if options.optim is None else {"optim": options.optim}
-    if options.optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
-        # arXiv 2305.14314, section 3: its states make room for a long row.
-        chosen["optim"] = "paged_adamw_32bit"
-    if options.gradient_checkpointing is True:  # named only then: transformers warns of the older names
-        chosen |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options = config.train
     # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
     ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=options.output_dir,
-        learning_rate=options.learning_rate,
         per_device_train_batch_size=options.per_device_batch_size,
         gradient_accumulation_steps=options.accumulation(ranks),
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
-        lr_scheduler_type=options.lr_scheduler_type,
-        lr_scheduler_kwargs=_schedule_settings(options),
-        # Below 1 it is a share of all steps.
-        warmup_steps=options.warmup_ratio if options.warmup_steps is None else options.warmup_steps,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        **chosen,
+        **_optimization(config),
+        **_recomputation(options),
+        **_saving_and_validation(config),
         bf16=options.bf16,
         fp16=options.fp16,
-        # With steps, `KeepBest` saves at the best ones as well.
-        save_strategy="steps" if options.save_steps else "best" if val and val.keep_best else "no",
-        eval_strategy="steps" if val else "no",
-        eval_steps=val.every if val else None,
-        metric_for_best_model="loss" if val else None,
-        greater_is_better=False if val else None,
-        save_steps=options.save_steps or 500,
-        # Without save_steps only best checkpoints are saved, and of those the last is the best.
-        save_total_limit=options.save_total_limit
-        or (1 if val and val.keep_best and not options.save_steps else None),
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # the filter hides exactly what must be seen
+        report_to=options.report_to,
         seed=options.seed,
         dataloader_num_workers=options.num_workers,
         dataloader_drop_last=config.on_pairs,  # every rank needs negatives, and equally many
+        remove_unused_columns=False,
+        ignore_data_skip=config.data.streaming,  # a stream is taken up at its position instead
         deepspeed=options.deepspeed,
         fsdp=options.fsdp or None,  # type: ignore[arg-type]  # the annotation is of an older form
         fsdp_config={"version": 2, "state_dict_type": "SHARDED_STATE_DICT"} if options.fsdp else None,
         ddp_find_unused_parameters=False,  # `apply_tuning` has frozen what the loss does not reach
-        report_to=options.report_to,
-        remove_unused_columns=False,
-        ignore_data_skip=config.data.streaming,  # a stream is taken up at its position instead
         use_cpu=not torch.cuda.is_available(),
     )
     if arguments.n_gpu > 1:
@@ -184,6 +161,53 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
             "give a size from 2 up, for the negatives, to that"
         )
     return arguments
+
+
+def _optimization(config: RunConfig) -> dict[str, Any]:
+    options, optim = config.train, config.train.optim
+    if optim is None and config.tune.language_model == "qlora" and torch.cuda.is_available():
+        # arXiv 2305.14314, section 3: its states make room for a long row.
+        optim = "paged_adamw_32bit"
+    return {
+        **({} if optim is None else {"optim": optim}),
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "lr_scheduler_kwargs": _schedule_settings(options),
+        # Below 1 it is a share of all steps.
+        "warmup_steps": options.warmup_ratio if options.warmup_steps is None else options.warmup_steps,
+        "adam_beta1": options.adam_beta1,
+        "adam_beta2": options.adam_beta2,
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+    }
+
+
+def _recomputation(options: TrainSection) -> dict[str, Any]:
+    """Of whole layers; selective checkpointing is ours (`recompute`)."""
+    if options.gradient_checkpointing is not True:
+        return {}
+    # The name of newer versions, which warn of the older one.
+    new = hasattr(TrainingArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _saving_and_validation(config: RunConfig) -> dict[str, Any]:
+    options, val = config.train, config.val
+    best = val is not None and val.keep_best
+    limit = options.save_total_limit
+    if best and not options.save_steps:
+        limit = limit or 1  # only best checkpoints are saved, and of those the last is the best
+    return {
+        # With steps, `KeepBest` saves at the best ones as well.
+        "save_strategy": "steps" if options.save_steps else "best" if best else "no",
+        "save_steps": options.save_steps or 500,
+        "save_total_limit": limit,
+        "eval_strategy": "steps" if val else "no",
+        "eval_steps": val.every if val else None,
+        "metric_for_best_model": "loss" if val else None,
+        "greater_is_better": False if val else None,
+    }
 
 
 def _schedule_settings(options: TrainSection) -> dict[str, Any]:

@@ -197,7 +197,7 @@ ALIGN: dict[str, Any] = MINIMAL["model"]
         ({"data": {"path": [{"path": "a", "weight": 2}]}}, "one data set, which weight means nothing for"),
         (
             {"train": {"output_dir": "o", "save_total_limit": 2}},
-            "save_total_limit is given, but nothing is saved",
+            r"save_total_limit is given, but nothing is saved .*give train\.save_steps or val\.keep_best",
         ),
         # Values that cannot be.
         ({"data": {"path": []}}, "data.path: List should have at least 1 item"),

@@ -241,21 +241,25 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
 # -- the best checkpoint ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_steps", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("save_steps", "limit"), [(0, None), (0, 2), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_ends(
-    world: Path, tmp_path: Path, save_steps: int
+    world: Path, tmp_path: Path, save_steps: int, limit: int | None
 ) -> None:
     """At a rate at which soon every step makes it worse."""
-    limit = {"save_steps": save_steps, "save_total_limit": 1} if save_steps else {}
-    config = run_config(world, tmp_path / "run", TUNINGS["llm"], max_steps=12, learning_rate=0.3, **limit)
-    output = train(validated(config, world, every=1, keep_best=True, patience=4))
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"], max_steps=12, learning_rate=0.3)
+    config = validated(config, world, every=1, keep_best=True, patience=4)
+    saving = {"save_steps": save_steps, "save_total_limit": limit}
+    raw = {**config.model_dump(exclude_unset=True), "val": config.val}
+    output = train(RunConfig.model_validate({**raw, "train": {**raw["train"], **saving}}))
     losses = {line["step"]: line["val/loss"] for line in metrics(output, "val/loss")}
     best = min(losses, key=lambda step: losses[step])
     assert len(losses) == best + 4
     kept = {int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*")}
     assert best in kept
     mllm.load(output / f"checkpoint-{best}")
-    assert len(kept) <= (2 if save_steps else 1)
+    assert len(kept) <= (2 if save_steps else limit or 1)
 
 
 def test_everything_is_reported_where_the_recipe_says(world: Path, tmp_path: Path) -> None:
