@@ -17,7 +17,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_flash_attn_2_available
 
 from mllm.config import RunConfig, TrainSection
+from mllm.data.hf import HF
 from mllm.data.mixture import Mixture
+from mllm.data.rows import there_is
 from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
@@ -53,6 +55,8 @@ def check_options(config: RunConfig) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"train.report_to: {error}") from error
+    if config.val is not None and not (config.val.path.startswith(HF) or there_is(config.val.path)):
+        raise ConfigError(f"val.path: there is no {config.val.path!r}; fix the path")
     if options.bf16 and torch.cuda.is_available():
         check_bf16(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     check_attention_name(config.model.attn_implementation)

@@ -29,6 +29,7 @@ from mllm.training.longest import LongestFirst
 from mllm.training.outline import outline
 from mllm.training.preflight_report import Check, Report, data_line, over_ranks, table
 from mllm.training.train import train
+from mllm.training.validation import open_validation
 
 __all__ = ["Check", "Report", "preflight", "table"]
 
@@ -91,6 +92,7 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     folder = Path(config.train.output_dir)
     (folder / f"preflight.rank{rank}.json").unlink(missing_ok=True)  # of an earlier one
     first, found, longest = _check_data(config, rank, ranks, show and rank == 0)
+    rows_checks = [first, *([_check_validation(config)] if config.val else [])]
     marks = Marks()
     cache = CacheTrial(config, marks) if config.data.feature_cache else None
     error: MllmError | None = None
@@ -107,7 +109,7 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     rows_first = not first.passed and isinstance(error, DataError)
     told = None if error is None or rows_first else str(error)
     checks = _start_checks(config, marks.at, told, longest, cache)
-    return over_ranks(config, Report.of([first, *checks], found), folder, rank, ranks)
+    return over_ranks(config, Report.of([*rows_checks, *checks], found), folder, rank, ranks)
 
 
 def _aside(config: RunConfig, longest_is_tried: bool) -> RunConfig:
@@ -144,6 +146,20 @@ def _check_data(
     planned = config.data.packing or config.data.grouping != "none"
     own = config.data.longest_first and not planned and found.longest
     return check, found, LongestFirst(rows, collator, found.longest) if own else None
+
+
+def _check_validation(config: RunConfig) -> Check:
+    """The rows that will be measured: a bad one would stop the run at the first validation."""
+    begun = time.perf_counter()
+    try:
+        collator = make_collator(config, build_processor(config.model))
+        validation = open_validation(config, collator)
+        assert validation is not None
+        for row in validation.rows:
+            collator([row])
+    except MllmError as error:
+        return Check("validation", False, str(error), time.perf_counter() - begun)
+    return Check("validation", True, f"{len(validation.rows):,} rows", time.perf_counter() - begun)
 
 
 def _start_checks(

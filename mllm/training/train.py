@@ -91,11 +91,11 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
     known = known_lengths(batches, rows, collator)
+    validation = open_validation(config, collator)
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
     steps, progress = StepLog(), Progress()
-    validation = open_validation(config, collator)
     watchdog = Watchdog(
         progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
     )

@@ -125,7 +125,9 @@ def test_mfu_and_sums_over_ranks() -> None:
     assert peak_tflops("NVIDIA H200") == 989
     assert peak_tflops("NVIDIA H100 PCIe") == 756
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
-    assert peak_tflops("somebody's card") is None
+    assert peak_tflops("NVIDIA GH200 480GB") == 989
+    for name in ("somebody's card", "NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000"):
+        assert peak_tflops(name) is None
 
 
 def test_one_estimate_serves_packing_and_mfu_and_agrees_with_the_plan(world: Path) -> None:

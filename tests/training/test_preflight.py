@@ -16,10 +16,11 @@ from runs import TUNINGS, make_world, run_config, write_rows
 from typer.testing import CliRunner
 
 from mllm import cli
-from mllm.config import RunConfig, SourceSection
+from mllm.config import RunConfig, SourceSection, ValSection
 from mllm.data.check import check_rows
 from mllm.data.collator import Collator
 from mllm.data.feature_store import FeatureStore
+from mllm.errors import ConfigError
 from mllm.training.build import build_processor, open_mixture
 from mllm.training.longest import LongestFirst
 from mllm.training.preflight import preflight, table
@@ -192,6 +193,19 @@ def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> N
         )
         assert not (Path(config.train.output_dir) / "mllm_manifest.json").exists()
         assert not (Path(config.train.output_dir) / "preflight").exists()
+
+
+def test_rows_of_the_validation_are_checked_too(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"])
+    bad = spoilt(tmp_path / "rows")
+    for path, fault in ((bad, r"rows.jsonl:1 (id r0): image "), (tmp_path / "gone.json", "there is no such")):
+        val = ValSection(path=str(path), image_root=str(bad.parent))
+        report = preflight(config.model_copy(update={"val": val}), show=False)
+        assert report.checks[1].name == "validation"
+        assert not report.checks[1].passed
+        assert fault in report.checks[1].detail
+    with pytest.raises(ConfigError, match=r"val\.path: there is no '.*gone\.json'"):
+        train(config.model_copy(update={"val": val}))
 
 
 def test_ranks_make_one_report(world: Path, tmp_path: Path) -> None:
