@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from mllm.config import RunConfig
 from mllm.data.check import DataCheck, check_rows
+from mllm.data.mixture import Mixture
 from mllm.errors import DataError, MllmError
 from mllm.training.arguments import check_options
 from mllm.training.asking import Asks
@@ -26,6 +27,7 @@ from mllm.training.batches import make_collator
 from mllm.training.build import build_processor, open_mixture
 from mllm.training.feature_cache import try_cache
 from mllm.training.longest import LongestFirst
+from mllm.training.memory import way_of_run
 from mllm.training.outline import outline
 from mllm.training.preflight_report import Check, Report, data_line, over_ranks, table
 from mllm.training.train import train
@@ -72,8 +74,8 @@ class CacheTrial(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """See `try_cache`."""
-        rows = open_mixture(self.config.data, self.config.train.seed)
-        self.detail = try_cache(self.config, args, model, build_processor(self.config.model), rows)
+        rows, collator = open_data(self.config)
+        self.detail = try_cache(self.config, args, model, collator.processor, rows)
         self.marks.at["kept"] = time.perf_counter()
 
 
@@ -125,6 +127,13 @@ def _aside(config: RunConfig, longest_is_tried: bool) -> RunConfig:
     return config.model_copy(update={"train": options, "data": data})
 
 
+def open_data(config: RunConfig) -> tuple[Mixture, Any]:
+    """The rows of a run, not streamed, and what makes batches of them; no model is loaded."""
+    rows = open_mixture(config.data, config.train.seed)
+    processor = outline(config)[1] if config.on_pairs else build_processor(config.model)
+    return rows, make_collator(config, processor)
+
+
 def _check_data(
     config: RunConfig, rank: int, ranks: int, show: bool
 ) -> tuple[Check, DataCheck | None, LongestFirst | None]:
@@ -134,9 +143,7 @@ def _check_data(
         return Check("data", True, "a stream: of its first rows, the longest are tried", 0.0), None, None
     size = config.train.per_device_batch_size
     try:
-        rows = open_mixture(config.data, config.train.seed)
-        processor = outline(config)[1] if config.on_pairs else build_processor(config.model)
-        collator = make_collator(config, processor)
+        rows, collator = open_data(config)
         found = check_rows(
             rows, collator, workers=config.train.num_workers, keep=size, rank=rank, ranks=ranks, show=show
         )
@@ -152,7 +159,7 @@ def _check_validation(config: RunConfig) -> Check:
     """The rows that will be measured: a bad one would stop the run at the first validation."""
     begun = time.perf_counter()
     try:
-        collator = make_collator(config, build_processor(config.model))
+        collator = make_collator(config, build_processor(config.model))  # `data` may not be there
         validation = open_validation(config, collator)
         assert validation is not None
         for row in validation.rows:
@@ -173,9 +180,10 @@ def _start_checks(
 
     Without an `error` it was a bad row that ended the start, and that is told already.
     """
-    tried = (
-        "not wanted: data.longest_first=false" if not config.data.longest_first else "forward and backward"
-    )
+    forward_alone = "tried" in at and way_of_run(config.train).zero == 3  # see `longest`
+    tried = "forward" if forward_alone else "forward and backward"
+    if not config.data.longest_first:
+        tried = "not wanted: data.longest_first=false"
     if longest is not None and longest.tokens:
         tried += f", {len(longest.rows)} rows, {longest.tokens:,} tokens"
     names = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mllm.config import RunConfig
 from mllm.data.check import DataCheck
 from mllm.data.files import write_atomic
 
-WAIT = 60  # seconds that ranks wait for each other's reports; the start they come from ends together
+WAIT = 600  # seconds that ranks wait for each other: where the start fails at once, shares of rows differ
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _known(data: dict[str, Any]) -> dict[str, Any]:
     return {field.name: data[field.name] for field in fields(DataCheck)}
 
 
-def _wait(done: Any) -> None:
+def _wait(done: Callable[[], bool]) -> None:
     until = time.monotonic() + WAIT
     while not done() and time.monotonic() < until:
         time.sleep(0.1)
