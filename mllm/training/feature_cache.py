@@ -20,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from mllm.data.files import track, write_atomic
 from mllm.data.mixture import Mixture
 from mllm.data.schema import images_of
 from mllm.errors import ConfigError, DataError
+from mllm.training.saving import amount
 
 FORMAT = 1
 BATCH = 32  # pictures that the encoder sees at a time
@@ -96,10 +98,10 @@ def try_cache(config: RunConfig, args: TrainingArguments, model: Any, processor:
         begun = time.perf_counter()
         fill(store, features, processor, few)
         seconds = (time.perf_counter() - begun) * len(missing) / max(1, len(few))
-    size = lacking * store.image_bytes / 1e9
     return (
-        f"{lacking:,} of {len(keys):,} pictures are to be computed before step 1: {size:,.3g} GB, about "
-        f"{seconds / 60:,.1f} minutes where one process a rank decodes them; {len(few)} were tried"
+        f"{lacking:,} of {len(keys):,} pictures are to be computed before step 1: "
+        f"{amount(lacking * store.image_bytes)}, about {timedelta(seconds=math.ceil(seconds))} where one "
+        f"process a rank decodes them; {len(few)} were tried"
     )
 
 

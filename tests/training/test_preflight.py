@@ -25,6 +25,7 @@ from mllm.training.build import build_processor, open_mixture
 from mllm.training.longest import LongestFirst
 from mllm.training.preflight import preflight, table
 from mllm.training.preflight_report import Check, Report, data_line, merge
+from mllm.training.saving import amount
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,7 +125,7 @@ def test_a_few_features_are_tried_and_stay_for_the_run(
         assert [check.name for check in report.checks][1:4] == ["model", "feature cache", "longest batch"]
         told = report.checks[2].detail
         assert told.startswith(f"{pictures - done} of {pictures} pictures are to be computed before step 1: ")
-        assert f"{(pictures - done) * 16 * 32 * 4 / 1e9:.3g} GB" in told
+        assert f" {amount((pictures - done) * 16 * 32 * 4)}, about 0:00:0" in told
         folder = next((tmp_path / "run" / "feature_cache").iterdir())
         assert len(FeatureStore(folder, (16, 32), torch.float32)) == done + 3
     tuned = config.model_copy(update={"tune": config.tune.model_copy(update={"vision_encoder": "full"})})
