@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mllm.config import RunConfig
+from mllm.config import RunConfig, SourceSection
 from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
@@ -89,24 +89,13 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
     """
     options = config.train
     model, processor, parts = outline(config)
-    stream = config.data.streaming  # its rows are not counted: that would be to read it all
-    data = [
-        DataReport(source.path, None, None)
-        if stream
-        else _data(source.path, source.format, source.image_root)
-        for source in config.data.sources
-    ]
-    rows = None
-    if all(one.rows is not None for one in data):
-        mixture = open_mixture(config.data, options.seed)
-        rows = len(mixture)
-        data = [DataReport(*entry) for entry in mixture.report()]
+    data, rows = _data(config)
     batch = options.per_device_batch_size * options.accumulation(ranks) * ranks
     steps = options.max_steps or (None if rows is None else _steps(config, rows, ranks))
     epochs: float | None = options.num_train_epochs
     if options.max_steps is not None:
         epochs = options.max_steps * batch / rows if rows else None
-    warmup = f"{options.warmup_ratio:.0%} of the steps"
+    warmup = f"{100 * options.warmup_ratio:g}% of the steps"
     return Explanation(
         stage=config.stage,
         starts_from=config.model.init_from,
@@ -130,10 +119,19 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
     )
 
 
-def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
-    if not there_is(path):
-        return DataReport(path, None, None)
-    return DataReport(path, len(open_rows(path, format or "auto", image_root)), None)
+def _data(config: RunConfig) -> tuple[list[DataReport], int | None]:
+    """The data sets, and the rows of an epoch; a stream's are not counted: that would be to read it all."""
+    sources = config.data.sources
+    if not config.data.streaming and all(there_is(source.path) for source in sources):
+        mixture = open_mixture(config.data, config.train.seed)
+        return [DataReport(*entry) for entry in mixture.report()], len(mixture)
+    return [DataReport(source.path, _rows(config, source), None) for source in sources], None
+
+
+def _rows(config: RunConfig, source: SourceSection) -> int | None:
+    if config.data.streaming or not there_is(source.path):
+        return None
+    return len(open_rows(source.path, source.format or "auto", source.image_root))
 
 
 def _steps(config: RunConfig, rows: int, ranks: int) -> int:

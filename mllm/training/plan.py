@@ -172,7 +172,7 @@ def step_flops(trace: Trace, rows: int, tokens: int) -> StepFlops:
 
 
 def _changes(config: RunConfig, own: Way, fits: Fits) -> Iterator[str]:
-    """What would make a run fit that does not, or what one that fits could do without; the least first."""
+    """What would make a run fit that does not, or what one that fits could do without."""
     options = config.train
     rows, checkpointing = options.per_device_batch_size, options.gradient_checkpointing
     selective: list[Checkpointing] = [] if options.compile else ["selective"]  # they exclude each other
@@ -184,12 +184,13 @@ def _changes(config: RunConfig, own: Way, fits: Fits) -> Iterator[str]:
         return
     more = [True] if checkpointing is True else [checkpointing, *selective, True]
     sizes = [rows // n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
-    found = 0
+    found: list[tuple[int, str]] = []
     for way in (own, *(w for w in WAYS if w != own)):
         fitting = ((size, again) for again in more for size in sizes if fits(way, size, again))
-        if found < 3 and (first := next(fitting, None)):
-            yield _change(config, own, way, *first)
-            found += 1
+        if first := next(fitting, None):
+            found.append((first[0], _change(config, own, way, *first)))
+    found.sort(key=lambda one: -one[0])  # those that keep the rows of a micro-batch before those that do not
+    yield from (change for _, change in found[:3])
     if not found:
         smaller_tuning = {"full": "lora", "lora": "qlora"}.get(config.tune.language_model)
         hint = f"tune.language_model={smaller_tuning}, or " if smaller_tuning else ""
@@ -216,6 +217,26 @@ def _change(config: RunConfig, own: Way, way: Way, size: int, again: Checkpointi
 
 def report(found: Plan) -> Group:
     """The plan as a table and lines, for a terminal."""
+    spent = 1 - found.model_tflop / found.hardware_tflop
+    again = f", {spent:.0%} of them spent on computing a second time" if spent else ""
+    lines = [
+        "* as the recipe has it; plain: without DeepSpeed; +cpu: offloaded. A card is taken to hold "
+        f"{USABLE:.0%} of its memory.",
+        f"A step of {found.rows} x {found.accumulation} rows with {found.mean_tokens} tokens: "
+        f"{_short(found.hardware_tflop)} TFLOP a rank{again}. At {found.efficiency:.0%} of {found.tflops:g} "
+        f"TFLOP/s, {_short(found.step_seconds)} s, {_short(found.samples_per_second)} rows/s in all, if "
+        "neither communication nor data make it wait.",
+    ]
+    if found.assumed:
+        lines.append(
+            "Rows were not read, their length is assumed; --preflight measures it, --tokens gives it."
+        )
+    lines += [f"To change: {change}" for change in found.changes]
+    return Group(_memory_table(found), *(Text(line) for line in lines))
+
+
+def _memory_table(found: Plan) -> Table:
+    """Bytes by what they hold, a column for each way."""
     largest = max(option.memory.total for option in found.options)
     recompute = {"True": "on", "False": "off"}.get(str(found.checkpointing), found.checkpointing)
     unit, size = ("GiB", GIB) if largest >= GIB / 4 else ("MiB", 2**20)
@@ -235,20 +256,8 @@ def report(found: Plan) -> Group:
         table.add_row(row, *(f"{getattr(option.memory, row) / size:.2f}" for option in found.options))
     table.add_row("fits", *("yes" if option.fits else "no" for option in found.options))
     table.add_row("in CPU memory", *(f"{option.memory.host / size:.2f}" for option in found.options))
-    spent = 1 - found.model_tflop / found.hardware_tflop
-    again = f", {spent:.0%} of them spent on computing a second time" if spent else ""
-    lines = [
-        f"* as the recipe has it; plain: without DeepSpeed; +cpu: offloaded. A card is taken to hold "
-        f"{USABLE:.0%} of its memory.",
-        f"A step of {found.rows} x {found.accumulation} rows with {found.mean_tokens} tokens: "
-        f"{found.hardware_tflop:,.3g} TFLOP a rank{again}. At "
-        f"{found.efficiency:.0%} of {found.tflops:g} TFLOP/s, {found.step_seconds:.2g} s, "
-        f"{found.samples_per_second:,.1f} rows/s in all, if neither communication nor data make it wait.",
-        *(
-            ["Rows were not read, their length is assumed; --preflight measures it, --tokens gives it."]
-            if found.assumed
-            else []
-        ),
-        *(f"To change: {change}" for change in found.changes),
-    ]
-    return Group(table, *(Text(line) for line in lines))
+    return table
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}" if number < 10 else f"{number:.1f}"

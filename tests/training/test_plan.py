@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,8 @@ def test_what_to_change_fits() -> None:
     found = plan(config, cards, tflops=100)
     assert not next(option.fits for option in found.options if option.chosen)
     assert found.changes
+    sizes = [int((re.findall(r"batch_size=(\d+)", change) or [16])[0]) for change in found.changes]
+    assert sizes == sorted(sizes, reverse=True)
     for change in found.changes:
         changed: dict[str, Any] = {}
         for pair in change.split():
