@@ -57,14 +57,9 @@ def _check_places(section: ModelSection, path: Path) -> None:
 
 
 def _is_absent_folder(place: str) -> bool:
-    """Whether this can only be a path, as a name on the Hub has one slash at most, and there is none such.
-
-    It is written out (`/`, `./`, `~`), has several folders, or begins with one that is there.
-    """
-    if place.startswith("mllm://") or Path(place).exists():
-        return False
-    first, *rest = Path(place).parts
-    return place.startswith(("/", ".", "~")) or len(rest) > 1 or bool(rest and Path(first).is_dir())
+    """Whether this can only be a path, as a name on the Hub has one slash at most, and there is none such."""
+    path = place.startswith(("/", ".", "~")) or place.count("/") > 1
+    return path and not place.startswith("mllm://") and not Path(place).exists()
 
 
 def find_recipe(recipe: str | Path) -> Path:

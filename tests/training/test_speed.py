@@ -164,6 +164,15 @@ def test_what_cannot_be(
         train(run_config(world, tmp_path / "run", TUNINGS[tuning], **options))
 
 
+def test_flash_attention_is_refused_where_it_cannot_run(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"], bf16=True)
+    model = config.model.model_copy(update={"attn_implementation": "flash_attention_2"})
+    if torch.cuda.is_available():
+        pytest.skip("it may be possible here")
+    with pytest.raises(ConfigError, match="'flash_attention_2', but it needs a GPU, .* or use sdpa"):
+        train(config.model_copy(update={"model": model}))
+
+
 def test_two_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="compile and gradient_checkpointing 'selective' are both given"):
         TrainSection(output_dir="x", compile=True, gradient_checkpointing="selective")
