@@ -169,7 +169,7 @@ def test_flash_attention_is_refused_where_it_cannot_run(world: Path, tmp_path: P
     model = config.model.model_copy(update={"attn_implementation": "flash_attention_2"})
     if torch.cuda.is_available():
         pytest.skip("it may be possible here")
-    with pytest.raises(ConfigError, match="'flash_attention_2', but it needs a GPU, .* or use sdpa"):
+    with pytest.raises(ConfigError, match=r"'flash_attention_2', but it needs a GPU, .* or use sdpa"):
         train(config.model_copy(update={"model": model}))
 
 
