@@ -18,8 +18,7 @@ def explain(
 ) -> None:
     """Say what a recipe trains, how fast, on what batches and rows. No weights are read.
 
-    Data that are not there are noted on standard error, with what is therefore unknown; the rest is told, and
-    the exit code is 0.
+    Data that are not there are noted on stderr, with what is therefore unknown; the exit code is 0.
 
     [bold]Examples[/]
 
@@ -56,8 +55,9 @@ def plan(
 ) -> None:
     """Say how much memory and time a recipe takes, and what to change so that it fits.
 
-    Neither weights nor rows are read; data that are not there are noted on standard error. Exit code 1 if the
-    recipe does not fit as it is.
+    Neither weights nor rows are read; data that are not there are noted on stderr.
+
+    Exit code 1 if the recipe does not fit as it is.
 
     [bold]Examples[/]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +105,14 @@ def merge(config: RunConfig, reports: Sequence[Report], silent: Sequence[int] = 
 
 def merge_data(parts: Sequence[DataCheck]) -> DataCheck:
     """What was found in the ranks' shares of the rows."""
-    longest = max(parts, key=lambda part: part.tokens)
-    return DataCheck(
+    return replace(
+        max(parts, key=lambda part: part.tokens),  # it has the longest row
         rows=sum(part.rows for part in parts),
         pictures=sum(part.pictures for part in parts),
         turns=sum(part.turns for part in parts),
         dropped=sum(part.dropped for part in parts),
         over=sum(part.over for part in parts),
         bad=[one for part in parts for one in part.bad],
-        longest=longest.longest,
-        tokens=longest.tokens,
     )
 
 
