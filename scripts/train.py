@@ -28,7 +28,8 @@ def main() -> None:
     try:
         if check:
             report = preflight(load_recipe(arguments[0], arguments[1:]), Asker())
-            Console(stderr=True, highlight=False).print(table(report))
+            if os.environ.get("RANK", "0") == "0":  # which has the report of all
+                Console(stderr=True, highlight=False).print(table(report))
             sys.exit(0 if report.passed else 1)
         train(arguments[0], arguments[1:], asker=Asker())
     except (MllmError, OSError) as error:

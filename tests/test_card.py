@@ -22,7 +22,7 @@ from mllm.model.convert import merge_checkpoint
 from mllm.publish import write_card
 from mllm.publish.secrets import HIDDEN, has_secret, redact, redact_values
 from mllm.revision import code_state
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mllm.data.rows import open_rows
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

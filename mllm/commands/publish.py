@@ -46,8 +46,8 @@ def push(
 ) -> None:
     """Upload a checkpoint with its model card to the Hugging Face Hub.
 
-    Optimiser states, random states, logs and intermediate checkpoints stay here. The token is that of
-    HF_TOKEN or of 'hf auth login'.
+    Optimiser states, random states, trackers' logs and intermediate checkpoints stay here. The token is that
+    of HF_TOKEN or of 'hf auth login'.
 
     [bold]Examples[/]
 

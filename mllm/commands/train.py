@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mllm.commands.options import AsJson, Overrides, RecipeName
+
+if TYPE_CHECKING:
+    from mllm.config import RunConfig
 
 
 def train(
@@ -36,33 +39,34 @@ def train(
 
       deepspeed --num_gpus 8 scripts/train.py llava-1.5-7b/instruct
     """
-    from eval.during_training import Asker
-
-    if preflight:
-        _preflight(recipe, overrides or [], as_json)
-        return
-    from mllm.training.train import train as run
+    from mllm.config import load_recipe
 
     # As JSON, which is YAML, so that any path is a value.
     asked = [] if resume is None else [f"train.resume={json.dumps(resume)}"]
+    config = load_recipe(recipe, [*(overrides or []), *asked])  # faults are told before the libraries load
+    if preflight:
+        _preflight(config, as_json)
+        return
+    from eval.during_training import Asker
+    from mllm.training.train import train as run
+
     try:
-        path = run(recipe, [*(overrides or []), *asked], asker=Asker())
+        path = run(config, asker=Asker())
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command with --resume auto goes on from the last save", err=True)
         raise typer.Exit(130) from None
     typer.echo(json.dumps({"output": str(path)}) if as_json else path)
 
 
-def _preflight(recipe: str, overrides: list[str], as_json: bool) -> None:
+def _preflight(config: RunConfig, as_json: bool) -> None:
     from dataclasses import asdict
 
     from rich.console import Console
 
     from eval.during_training import Asker
-    from mllm.config import load_recipe
     from mllm.training.preflight import preflight, table
 
-    report = preflight(load_recipe(recipe, overrides), Asker())
+    report = preflight(config, Asker())
     if as_json:
         typer.echo(json.dumps({"passed": report.passed, **asdict(report)}))
     else:

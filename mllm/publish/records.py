@@ -16,6 +16,7 @@ import yaml
 from mllm.config import USERS, CardSection
 from mllm.model.checkpoint import has_manifest, manifest_hash, part_of, read_manifest
 from mllm.publish.secrets import redact_values
+from mllm.training.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,6 @@ def _data(data: dict[str, Any], said: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _last_loss(path: Path) -> float | None:
-    from mllm.training.guards import read_metrics  # the training package is heavy
-
     losses = [line["loss"] for line in read_metrics(path) if "loss" in line]
     return losses[-1] if losses else None
 

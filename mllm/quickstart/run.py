@@ -27,7 +27,7 @@ from mllm.quickstart.report import compare_columns, write_report
 from mllm.quickstart.scenes import WorldFiles, file_names, write_world
 from mllm.quickstart.wording import instruction_rows
 from mllm.quickstart.world import measure_habits
-from mllm.training.guards import plot_losses, read_metrics
+from mllm.training.metrics import plot_losses, read_metrics
 from mllm.training.train import train
 
 # The settings of VCD are the paper's: alpha 1, beta 0.1, 500 noise steps; sampling at temperature 1.

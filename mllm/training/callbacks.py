@@ -21,8 +21,9 @@ from mllm.data.schema import Row
 from mllm.data.streaming import RowStream
 from mllm.training.batches import PackingTrial, step_flops
 from mllm.training.eyes import Eyes, peak_tflops
-from mllm.training.guards import MetricsLog, TrainabilityGuard
+from mllm.training.guards import TrainabilityGuard
 from mllm.training.longest import SAMPLE, LongestFirst, longest_rows, sample_numbers
+from mllm.training.metrics import MetricsLog
 from mllm.training.step_guards import AdapterGuard, GradientGuard, LossGuard, OptimizerGuard, declared_rates
 from mllm.training.steps import StepLog
 from mllm.training.validation import validation_callbacks

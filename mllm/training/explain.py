@@ -8,19 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mllm.config import RunConfig
+from mllm.config import RunConfig, SourceSection
 from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
 from mllm.training.build import open_mixture
+from mllm.training.memory import way_of_run
 from mllm.training.outline import example_batch, outline
-from mllm.training.plan import step_flops, way_of
+from mllm.training.plan import step_flops
 from mllm.training.shapes import trace_forward
 from mllm.training.tuning import PartReport, part_rates, tuning_table
 
@@ -47,8 +49,10 @@ class Explanation:
         pixels: (channels, height, width) of a picture, or of a view of it.
         tokens_an_image: least and most placeholders of an image; (0, 0) for pairs.
         effective_batch: rows of an optimiser step, over all ranks.
-        rows, steps: None where a data file is not there.
+        epochs: passes over the rows; None where `max_steps` decides and the rows are not known.
+        rows, steps: None where a data file is not there, or is a stream.
         sample: an example row as (text, whether it is learnt); that of the data where there is one.
+        absent: what the recipe names and is not on this machine.
         notes: what a reader may not expect.
     """
 
@@ -62,13 +66,14 @@ class Explanation:
     rows: int | None
     ranks: int
     effective_batch: int
-    epochs: float
+    epochs: float | None
     steps: int | None
     warmup: str
     schedule: str
     precision: str
     distribution: str
     sample: list[tuple[str, bool]]
+    absent: list[str]
     notes: list[str]
 
 
@@ -84,21 +89,13 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
     """
     options = config.train
     model, processor, parts = outline(config)
-    stream = config.data.streaming  # its rows are not counted: that would be to read it all
-    data = [
-        DataReport(source.path, None, None)
-        if stream
-        else _data(source.path, source.format, source.image_root)
-        for source in config.data.sources
-    ]
-    rows = None
-    if all(one.rows is not None for one in data):
-        mixture = open_mixture(config.data, options.seed)
-        rows = len(mixture)
-        data = [DataReport(*entry) for entry in mixture.report()]
+    data, rows = _data(config)
     batch = options.per_device_batch_size * options.accumulation(ranks) * ranks
     steps = options.max_steps or (None if rows is None else _steps(config, rows, ranks))
-    warmup = f"{options.warmup_ratio:.0%} of the steps"
+    epochs: float | None = options.num_train_epochs
+    if options.max_steps is not None:
+        epochs = options.max_steps * batch / rows if rows else None
+    warmup = f"{100 * options.warmup_ratio:g}% of the steps"
     return Explanation(
         stage=config.stage,
         starts_from=config.model.init_from,
@@ -110,21 +107,31 @@ def explain(config: RunConfig, ranks: int = 1) -> Explanation:
         rows=rows,
         ranks=ranks,
         effective_batch=batch,
-        epochs=options.num_train_epochs,
+        epochs=epochs,
         steps=steps,
         warmup=warmup if options.warmup_steps is None else f"{options.warmup_steps} steps",
         schedule=options.lr_scheduler_type,
         precision=_precision(config),
-        distribution=way_of(options.deepspeed).name,
+        distribution=way_of_run(options).name,
         sample=[] if config.on_pairs else _sample(config, processor),
-        notes=[*_notes(data, stream), *_cache_notes(config, model, processor, rows)],
+        absent=absent(config),
+        notes=[*_stream_notes(config), *_cache_notes(config, model, processor, rows)],
     )
 
 
-def _data(path: str, format: str | None, image_root: str | None) -> DataReport:
-    if not there_is(path):
-        return DataReport(path, None, None)
-    return DataReport(path, len(open_rows(path, format or "auto", image_root)), None)
+def _data(config: RunConfig) -> tuple[list[DataReport], int | None]:
+    """The data sets, and the rows of an epoch; a stream's are not counted: that would be to read it all."""
+    sources = config.data.sources
+    if not config.data.streaming and all(there_is(source.path) for source in sources):
+        mixture = open_mixture(config.data, config.train.seed)
+        return [DataReport(*entry) for entry in mixture.report()], len(mixture)
+    return [DataReport(source.path, _rows(config, source), None) for source in sources], None
+
+
+def _rows(config: RunConfig, source: SourceSection) -> int | None:
+    if config.data.streaming or not there_is(source.path):
+        return None
+    return len(open_rows(source.path, source.format or "auto", source.image_root))
 
 
 def _steps(config: RunConfig, rows: int, ranks: int) -> int:
@@ -168,12 +175,23 @@ def _sample(config: RunConfig, processor: Any) -> list[tuple[str, bool]]:
     return [(piece.text, piece.supervised) for piece in pieces]
 
 
-def _notes(data: list[DataReport], stream: bool) -> Iterator[str]:
-    for one in data:
-        if stream:
-            yield f"{one.path} is read as a stream; its rows are not counted, nor passes over them"
-        elif one.rows is None:
-            yield f"{one.path} is not there; rows and steps are not known"
+def absent(config: RunConfig) -> list[str]:
+    """Files and folders that a run will read and that are not on this machine, as `key: place`."""
+    data, val, ask = config.data, config.val, config.eval
+    files = [("data.path", source.path) for source in data.sources]
+    files += [("val.path", val.path)] if val else []
+    files += [("eval.questions", ask.questions)] if ask else []
+    folders = [("data.image_root", source.image_root) for source in data.sources]
+    folders += [("val.image_root", val.image_root)] if val else []
+    folders += [("eval.image_root", ask.image_root)] if ask else []
+    lacking = [f"{key}: {place}" for key, place in files if not there_is(place)]
+    lacking += [f"{key}: {place}" for key, place in folders if place and not Path(place).is_dir()]
+    return list(dict.fromkeys(lacking))
+
+
+def _stream_notes(config: RunConfig) -> Iterator[str]:
+    for source in config.data.sources if config.data.streaming else ():
+        yield f"{source.path} is read as a stream; its rows are not counted, nor passes over them"
 
 
 def _cache_notes(config: RunConfig, model: Any, processor: Any, rows: int | None) -> Iterator[str]:
@@ -219,20 +237,21 @@ def report(found: Explanation) -> Group:
     least, most = found.tokens_an_image
     tokens = f"{least}" if least == most else f"{least} to {most}"
     steps = "not known" if found.steps is None else f"{found.steps:,}"
+    if found.epochs is not None:
+        steps += f", {found.epochs:.3g} epoch{'s' * (found.epochs != 1)}"
     lines = {
         "stage": found.stage + (f", from {found.starts_from}" if found.starts_from else ""),
         "an image": f"{'x'.join(map(str, found.pixels))} numbers"
         + (f", {tokens} tokens" if found.sample else ""),
         "batch": f"{found.effective_batch} rows a step on {found.ranks} GPU{'s' * (found.ranks > 1)}",
-        "steps": f"{steps}, {found.epochs:g} epoch{'s' * (found.epochs != 1)}, {found.schedule} schedule, "
-        f"warm-up {found.warmup}",
+        "steps": f"{steps}, {found.schedule} schedule, warm-up {found.warmup}",
         "precision": found.precision,
         "spread by": found.distribution,
     }
     for name, line in lines.items():
         facts.add_row(name, line)
     for one in found.data:
-        rows = "not there" if one.rows is None else f"{one.rows:,} rows"
+        rows = "not counted" if one.rows is None else f"{one.rows:,} rows"
         facts.add_row("data", f"{one.path}: {rows}" + ("" if one.share is None else f", {one.share:.1%}"))
     sample = Text()
     for text, learnt in found.sample:

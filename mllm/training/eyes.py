@@ -7,6 +7,7 @@ Speeds are over the time of steps: saving, validating and logging do not count.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from mllm.training.steps import StepLog
 
 logger = logging.getLogger(__name__)
 
-# Dense bf16 TFLOP/s with float32 accumulation, from the data sheets; the first name that fits counts.
+# Dense bf16 TFLOP/s with float32 accumulation, from the data sheets; the first name that fits counts, as a
+# word of its own: an L40 is no L4, and an RTX A1000 no A100.
 PEAKS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -42,7 +44,7 @@ _SUMS = ("samples", "tokens", "image_tokens", "labels", "image_labels", "flops",
 
 def peak_tflops(device: str) -> float | None:
     """The dense bf16 peak of a device of this name, if it is known."""
-    return next((peak for name, peak in PEAKS.items() if name in device), None)
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 class Eyes(TrainerCallback):

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from mllm.data.files import track, write_atomic
 from mllm.data.mixture import Mixture
 from mllm.data.schema import images_of, name_of
 from mllm.errors import ConfigError, DataError
+from mllm.training.saving import amount
 
 FORMAT = 1
 BATCH = 32  # pictures that the encoder sees at a time
@@ -62,8 +66,7 @@ def cached_features(
         raise ConfigError(
             "data.feature_cache goes through all rows before training; set data.streaming=false"
         )
-    choice = config.data.feature_cache
-    folder = Path(config.train.output_dir) / "feature_cache" if choice is True else Path(str(choice))
+    folder = _folder_of(config)
     with encoder_in_training(model, args) as features:
         store = open_store(folder, model, processor, args, features)
         keys, missing = _to_compute(store, rows, args)
@@ -77,6 +80,33 @@ def cached_features(
             "on a disk that they share"
         )
     return store
+
+
+def try_cache(config: RunConfig, args: TrainingArguments, model: Any, processor: Any, rows: Mixture) -> str:
+    """Compute the features of a few pictures, and say how much disk and time all will take.
+
+    Arguments and errors as of `cached_features`. What is computed stays for the run.
+    """
+    check_cacheable(model)
+    with encoder_in_training(model, args) as features:
+        store = open_store(_folder_of(config), model, processor, args, features)
+        keys, missing = _to_compute(store, rows, args)
+        lacking = sum(key not in store for key in keys)
+        _check_room(store, lacking)
+        few = dict(itertools.islice(missing.items(), BATCH))
+        begun = time.perf_counter()
+        fill(store, features, processor, few)
+        seconds = (time.perf_counter() - begun) * len(missing) / max(1, len(few))
+    return (
+        f"{lacking:,} of {len(keys):,} pictures are to be computed before step 1: "
+        f"{amount(lacking * store.image_bytes)}, about {timedelta(seconds=math.ceil(seconds))} where one "
+        f"process a rank decodes them; {len(few)} were tried"
+    )
+
+
+def _folder_of(config: RunConfig) -> Path:
+    choice = config.data.feature_cache
+    return Path(config.train.output_dir) / "feature_cache" if choice is True else Path(str(choice))
 
 
 def check_cacheable(model: Any) -> None:
@@ -96,10 +126,13 @@ def check_cacheable(model: Any) -> None:
 def encoder_in_training(model: Any, args: TrainingArguments) -> Iterator[Features]:
     """What makes features of pixels, where and in the precision that training would.
 
-    DeepSpeed casts the whole model; without it, mixed precision is autocast around the weights as they are.
+    DeepSpeed casts the whole model; without it, mixed precision is autocast around the weights as they are,
+    which FSDP has cast as well (`sharded.fsdp_settings`).
     """
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     cast, autocast = (mixed, None) if args.deepspeed else (None, mixed)
+    if args.fsdp:
+        cast = torch.bfloat16 if args.bf16 else torch.float32
     own = model.vision_encoder
     if own.device != args.device or cast not in (None, own.dtype):
         model.vision_encoder = copy.deepcopy(own).to(args.device, cast)

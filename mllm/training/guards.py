@@ -1,15 +1,12 @@
-"""Callbacks that stop a run which would go on wrongly, and that keep its records."""
+"""A callback that stops a run in which other parameters learn than those that are declared to."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from mllm.data.files import write_atomic
 from mllm.errors import TrainingStoppedError
 from mllm.model.checkpoint import checksum, part_of
 from mllm.training.sharded import GradientWatch, local_share, on_any_rank
@@ -90,87 +87,3 @@ class TrainabilityGuard(TrainerCallback):
         )
         if moved:
             raise TrainingStoppedError(f"{moved[0]} is declared frozen and has changed")
-
-
-class MetricsLog(TrainerCallback):
-    """Append every log to `metrics.jsonl`; draw the loss curve at the end."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / "metrics.jsonl"
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start a new file, or cut a resumed run's file back to the step it resumes from."""
-        if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step)
-            write_atomic(self.path, text)
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """One line a log."""
-        if state.is_world_process_zero and logs:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw `loss.png` and `speed.png`."""
-        if state.is_world_process_zero:
-            lines = read_metrics(self.path)
-            plot_losses({self.path.parent.name: lines}, self.path.with_name("loss.png"))
-            plot_speed(lines, self.path.with_name("speed.png"))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; an unfinished last line is left out."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def plot_losses(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw the loss of each run over its steps as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for name, lines in runs.items():
-        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss per supervised token")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path)
-
-
-def plot_speed(lines: list[dict[str, Any]], path: Path) -> None:
-    """Draw tokens a second, waiting for data, and the parts' learning rates over the steps as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 6), dpi=120, layout="constrained")
-    panels = figure.subplots(3, sharex=True)
-    rates = sorted({key for line in lines for key in line if key.startswith("learning_rate/")})
-    drawn = (["speed/tokens_per_second"], ["speed/data_wait"], rates)
-    for axes, keys, label in zip(
-        panels, drawn, ("tokens/s", "share waiting for data", "learning rate"), strict=True
-    ):
-        for key in keys:
-            points = [(line["step"], line[key]) for line in lines if key in line]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=key.partition("/")[2])
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    if panels[2].lines:
-        panels[2].legend()
-    panels[2].set_xlabel("step")
-    figure.savefig(path)

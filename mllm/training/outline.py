@@ -35,6 +35,7 @@ from mllm.model.parts import load_config, load_named, load_vision_config
 from mllm.model.pretraining.pair_processing import PairProcessor
 from mllm.model.text_encoder import build_text_encoder
 from mllm.model.vision_encoder import build_vision_encoder
+from mllm.training.arguments import check_attention_name
 from mllm.training.build import build, change_for_stage
 from mllm.training.pretraining import build_pretraining
 from mllm.training.shapes import shapes_only
@@ -108,10 +109,13 @@ def _writer(place: str, folder: Path) -> RunConfig | None:
     return None
 
 
-def example_batch(model: Any, processor: Any, rows: int, tokens: int) -> dict[str, torch.Tensor]:
+def example_batch(
+    model: Any, processor: Any, rows: int, tokens: int, features: bool = False
+) -> dict[str, torch.Tensor]:
     """A training batch of equal rows, each with one image, of the largest kind, and at least `tokens`.
 
-    The first row is a token shorter, so that there is a mask of padding, as in nearly every real batch.
+    The first row is a token shorter, so that there is a mask of padding, as in nearly every real batch. With
+    `features`, the batch has what the vision encoder makes of the images in the place of their pixels.
     """
     height, width = max(model.tiling.pinpoints, key=prod) if getattr(model, "tiling", None) else (64, 64)
     picture = Image.new("RGB", (width, height))
@@ -123,6 +127,10 @@ def example_batch(model: Any, processor: Any, rows: int, tokens: int) -> dict[st
             if name != "labels" or not processor.encoder_decoder:
                 batch[name] = F.pad(batch[name], (0, max(0, tokens - batch[name].shape[1])), value=value)
         batch["attention_mask"][0, -1] = 0
+    if features:
+        images, config = len(batch.pop("pixel_values")), model.config
+        dtype = model.vision_encoder.dtype
+        batch["image_features"] = torch.zeros(images, config.num_patches, config.vision_dim, dtype=dtype)
     return batch
 
 
@@ -145,6 +153,7 @@ def _with_shapes(config: RunConfig) -> ModelSection:
     section, dtype = config.model, getattr(torch, config.model.dtype)
     changed: dict[str, Any] = {"connector_from": None}
     attention = section.attn_implementation
+    check_attention_name(attention)
     if attention not in (None, "eager"):
         attention = changed["attn_implementation"] = "sdpa"  # keeps the same, and needs no package
     if section.vision_encoder is not None:

@@ -1,39 +1,29 @@
-"""How much memory and time a recipe takes on given GPUs, before it is started, and what to change to fit.
-
-Weights, gradients and optimiser states are counted over the parameters; activations are what autograd saves
-in one forward pass of the recipe's own model, run with shapes only (`shapes`). What each rank holds under
-DeepSpeed follows the ZeRO paper (arXiv 1910.02054, section 5) and DeepSpeed's settings in `ds_configs/`.
-"""
+"""How much memory and time a recipe takes on given GPUs, before it is started, and what to change to fit."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from mllm.config import Checkpointing, RunConfig
 from mllm.errors import ConfigError
-from mllm.model.adapters import is_adapter
 from mllm.training.flops import StepFlops
-from mllm.training.outline import example_batch, outline
-from mllm.training.shapes import Trace, shapes_only, trace_forward
-from mllm.training.tuning import upcast_trained
+from mllm.training.memory import FSDP, WAYS, Measure, Memory, Way, bytes_a_rank, way_of_run
+from mllm.training.shapes import Trace
 
 GIB = 2**30
 USABLE = 0.94  # of a card: the rest is the CUDA context, workspaces and fragmentation
-# Dense bf16 TFLOP/s of the data sheets, by the card's memory: RTX 4090, A100 40 GB, H100, H200.
-PEAK = {24: 165.0, 40: 312.0, 80: 989.0, 141: 989.0}
-# NF4 with double quantisation (arXiv 2305.14314): 4 bit, a byte for 64 weights, a float for 64 * 256.
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-LIVE = 10**9  # parameters that ZeRO-3 keeps gathered at most: stage3_max_live_parameters
+# TFLOP/s of the data sheets in 16 bit (dense) and in float32, by the card's memory: RTX 4090, A100 40 GB,
+# H100, H200.
+PEAK = {24: (165.0, 82.6), 40: (312.0, 19.5), 80: (989.0, 67.0), 141: (989.0, 67.0)}
+
+Fits = Callable[[Way, int, Checkpointing], bool]  # a way, rows a micro-batch, what is computed again
 
 
 @dataclass(frozen=True)
@@ -50,78 +40,6 @@ class Gpus:
         if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
             raise ConfigError(f"--gpus {text!r}: write the number of cards and the GB of each: 8x80")
         return cls(int(found[1]), float(found[2]))
-
-
-@dataclass(frozen=True)
-class Way:
-    """How training is spread over ranks."""
-
-    name: str
-    zero: int = 0
-    optimizer_on_cpu: bool = False
-    weights_on_cpu: bool = False
-
-
-WAYS = (
-    Way("no DeepSpeed"),
-    Way("zero1", 1),
-    Way("zero2", 2),
-    Way("zero3", 3),
-    Way("zero2_offload", 2, True),
-    Way("zero3_offload", 3, True, True),
-)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank at the fullest moment of a step; `host` is in the CPU's memory.
-
-    `buffers` holds what is communicated, the largest layer while it is recomputed and the gradient of the
-    logits, as far as they are there at the same time.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-    images: int
-    buffers: int
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        """Bytes on the GPU."""
-        return sum(asdict(self).values()) - self.host
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the bytes depend on, for one precision of the weights.
-
-    Attributes:
-        weights: bytes of all weights.
-        parameters: how many numbers they are.
-        trained: how many of them learn.
-        each: bytes of a weight that learns, and of its gradient.
-        pixels: bytes of the pixels of a row.
-        width: of the language model; DeepSpeed's buckets follow it.
-        two, three: what micro-batches of two and three rows keep.
-    """
-
-    weights: int
-    parameters: int
-    trained: int
-    each: int
-    pixels: int
-    width: int
-    two: Trace
-    three: Trace
-
-    @staticmethod
-    def of_rows(two: int, three: int, rows: int) -> int:
-        """A size that is linear in the rows, from two of its values."""
-        return max(0, two + (rows - 2) * (three - two))
 
 
 @dataclass(frozen=True)
@@ -144,7 +62,7 @@ class Plan:
         assumed: nobody gave `tokens`, and the data were not read for it.
         step_seconds: of arithmetic at `efficiency` of `tflops`: no communication, no waiting for data.
         model_tflop: TFLOP of a step on one rank that the model needs.
-        hardware_tflop: what is computed: also at positions without a label, and a second time.
+        hardware_tflop: what is computed, a second time too.
     """
 
     gpus: Gpus
@@ -182,36 +100,32 @@ def plan(
         tokens: of the longest row, image included; default: the image and 64 where only captions are
             learnt, else `data.max_length`.
         mean_tokens: of a mean row; default: the image and 200, or `tokens` where that is less.
-        tflops: peak of a card; default: that of the usual card with this memory.
+        tflops: peak of a card; default: that of the usual card with this memory, in the run's precision.
         efficiency: share of the peak that training reaches; published figures are 0.25 to 0.5.
 
     Raises:
         ConfigError: a part cannot be read, or the card is not known and `tflops` is not given.
     """
-    peak = tflops if tflops is not None else PEAK.get(int(gpus.memory))
-    if peak is None:
-        raise ConfigError(f"a card with {gpus.memory:g} GB is not known; give --tflops, its dense bf16 peak")
-    options, own = config.train, way_of(config.train.deepspeed)
+    options, own = config.train, way_of_run(config.train)
+    peak = tflops or _peak(config, gpus)
     rows, accumulation = options.per_device_batch_size, options.accumulation(gpus.count)
-    plain, sharded = Measure(config, deepspeed=False), Measure(config, deepspeed=True)
-    image = plain.image_tokens
+    measures = {cast: Measure(config, deepspeed=cast) for cast in (False, True)}
+    image = measures[False].image_tokens
     longest = tokens or (image + 64 if config.stage == "align" else config.data.max_length or image + 512)
     mean = min(mean_tokens or tokens or image + 200, longest)
-    facts = {True: plain.facts(longest), False: sharded.facts(longest)}
+    facts = {cast: measure.facts(longest) for cast, measure in measures.items()}
 
     def memory(way: Way, rows: int, checkpointing: Checkpointing) -> Memory:
-        return bytes_a_rank(facts[way.zero == 0], way, gpus.count, rows, checkpointing)
+        return bytes_a_rank(facts[way.cast], way, gpus.count, rows, checkpointing)
 
     def fits(way: Way, rows: int, checkpointing: Checkpointing) -> bool:
         return memory(way, rows, checkpointing).total <= USABLE * gpus.memory * GIB
 
-    timed = (sharded if own.zero else plain).trace(2, mean)
-    flops = step_flops(timed, 2, mean)
-    # The trace has a label at every position behind the image.
-    computed = sum(timed.forward.values()) + sum(timed.backward.values())
-    hardware = rows * accumulation * (computed + timed.again * (options.gradient_checkpointing is True)) / 2
-    labels = min(mean, max(1, mean - image))
-    seconds = hardware / (peak * 1e12 * efficiency)
+    checkpointing = options.gradient_checkpointing
+    trace = measures[own.cast].trace(2, mean)
+    needed = (sum(trace.forward.values()) + sum(trace.backward.values())) * rows * accumulation / 2
+    again = trace.again * (checkpointing is True) * rows * accumulation / 2
+    seconds = (needed + again) / (peak * 1e12 * efficiency)
     return Plan(
         gpus=gpus,
         rows=rows,
@@ -219,19 +133,14 @@ def plan(
         tokens=longest,
         mean_tokens=mean,
         assumed=tokens is None,
-        checkpointing=options.gradient_checkpointing,
+        checkpointing=checkpointing,
         options=[
-            Option(
-                way.name,
-                memory(way, rows, options.gradient_checkpointing),
-                fits(way, rows, options.gradient_checkpointing),
-                way == own,
-            )
-            for way in WAYS
+            Option(way.name, memory(way, rows, checkpointing), fits(way, rows, checkpointing), way == own)
+            for way in [*WAYS, *([own] if own not in WAYS else [])]
         ],
-        flops=flops,
-        model_tflop=flops.of([mean], 1, labels) * rows * accumulation / 1e12,
-        hardware_tflop=hardware / 1e12,
+        flops=step_flops(trace, 2, mean),
+        model_tflop=needed / 1e12,
+        hardware_tflop=(needed + again) / 1e12,
         tflops=peak,
         efficiency=efficiency,
         step_seconds=seconds,
@@ -240,113 +149,12 @@ def plan(
     )
 
 
-def way_of(deepspeed: str | None) -> Way:
-    """What a DeepSpeed configuration file asks for."""
-    if deepspeed is None:
-        return WAYS[0]
-    try:
-        zero = json.loads(Path(deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"train.deepspeed: {deepspeed!r} cannot be read; samples are in ds_configs/"
-        ) from error
-    on_cpu = [zero.get(key, {}).get("device") == "cpu" for key in ("offload_optimizer", "offload_param")]
-    stage = zero.get("stage", 0)
-    known = (way for way in WAYS if (way.zero, way.optimizer_on_cpu, way.weights_on_cpu) == (stage, *on_cpu))
-    return next(known, Way(Path(deepspeed).stem, stage, *on_cpu))
-
-
-class Measure:
-    """A run's model with the precision that its weights are trained in."""
-
-    def __init__(self, config: RunConfig, deepspeed: bool):
-        options, tune = config.train, config.tune
-        mixed = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else None
-        self.model, self.processor, self.reports = outline(config)
-        self.packed = _packed(self.model) if tune.language_model == "qlora" else {}
-        with shapes_only():
-            if deepspeed:  # casts everything, and keeps float32 masters of what learns
-                torch.nn.Module.to(self.model, mixed or torch.float32)
-            else:
-                upcast_trained(self.model, tune)
-        self.autocast = None if deepspeed else mixed
-        self.pixels_as = mixed if deepspeed and mixed is not None else torch.float32
-
-    @property
-    def image_tokens(self) -> int:
-        """Placeholders of an image of the largest kind; of a pair, none."""
-        batch = example_batch(self.model, self.processor, 1, 0)
-        image_id = getattr(self.model.config, "image_token_id", None)
-        return int((batch["input_ids"] == image_id).sum()) if image_id is not None else 0
-
-    def trace(self, rows: int, tokens: int) -> Trace:
-        """A forward pass over equal rows."""
-        return trace_forward(
-            self.model, example_batch(self.model, self.processor, rows, tokens), self.autocast
-        )
-
-    def facts(self, tokens: int) -> Facts:
-        """The sizes for rows of this length."""
-        batch = example_batch(self.model, self.processor, 1, tokens)
-        pixels = sum(tensor.numel() for tensor in batch.values() if tensor.is_floating_point())
-        parameters = list(self.model.parameters())
-        trained = [p for p in parameters if p.requires_grad]
-        size = sum(NF4_BYTES * p.numel() if id(p) in self.packed else p.nbytes for p in parameters)
-        config = self.model.config
-        return Facts(
-            weights=round(size),
-            parameters=sum(p.numel() for p in parameters),
-            trained=sum(p.numel() for p in trained),
-            each=trained[0].element_size(),
-            pixels=pixels * self.pixels_as.itemsize,
-            width=getattr(config, "text_config", config.vision_config).hidden_size,
-            two=self.trace(2, tokens),
-            three=self.trace(3, tokens),
-        )
-
-
-def _packed(model: Any) -> dict[int, str]:
-    """The weights that QLoRA keeps in 4 bit, by identity: those of all linear layers but the head."""
-    head = model.get_output_embeddings()
-    return {
-        id(layer.weight): name
-        for name, layer in model.language_model.named_modules()
-        if isinstance(layer, torch.nn.Linear) and layer is not head and not is_adapter(f"{name}.")
-    }
-
-
-def bytes_a_rank(facts: Facts, way: Way, ranks: int, rows: int, checkpointing: Checkpointing) -> Memory:
-    """Memory of one of `ranks` ranks with micro-batches of `rows` rows."""
-    trained, each = facts.trained, facts.each
-    share = -(-trained // ranks)  # of the optimiser, and with it of the gradients
-    weights, gradients, host = facts.weights, trained * each, 0
-    if way.zero == 0:
-        optimizer = 2 * trained * each  # Adam's moments have the dtype of the weights
-        moving, at_step = gradients * (ranks > 1), 0  # DistributedDataParallel's buckets
-    else:
-        optimizer = 12 * share  # float32 master and moments
-        bucket = min(facts.width**2, trained) * each
-        moving, at_step = 2 * bucket, 4 * share  # a bucket fills while another is sent; float32 gradients
-        if way.zero >= 2:
-            gradients = share * each
-        if way.zero == 3:
-            weights //= ranks
-            moving += min(facts.weights, LIVE * each)  # gathered at a time
-            at_step = 4 * min(share, LIVE)
-        if way.optimizer_on_cpu:
-            host += optimizer + 4 * share
-            optimizer = gradients = at_step = 0
-        if way.weights_on_cpu:
-            host += weights
-            weights = 0
-    kept = facts.of_rows(facts.two.kept(checkpointing), facts.three.kept(checkpointing), rows)
-    logits = facts.of_rows(facts.two.logits, facts.three.logits, rows)
-    # Behind the loss come its gradient in float32 and that of the logits in their own dtype.
-    slope = facts.of_rows(facts.two.scores, facts.three.scores, rows) * (4 + each)
-    again = facts.of_rows(facts.two.recomputed(), facts.three.recomputed(), rows) if checkpointing else 0
-    passing = max(logits + slope, again) - logits + moving
-    buffers = max(passing, at_step - kept - logits)
-    return Memory(weights, gradients, optimizer, kept, logits, facts.pixels * rows, buffers, host)
+def _peak(config: RunConfig, gpus: Gpus) -> float:
+    """TFLOP/s of the usual card with this memory, in the precision of the run's products."""
+    if gpus.memory not in PEAK:
+        raise ConfigError(f"a card with {gpus.memory:g} GB is not known; give --tflops, its peak (dense)")
+    half = config.train.bf16 or config.train.fp16 or config.model.dtype != "float32"
+    return PEAK[int(gpus.memory)][0 if half else 1]
 
 
 def step_flops(trace: Trace, rows: int, tokens: int) -> StepFlops:
@@ -363,49 +171,72 @@ def step_flops(trace: Trace, rows: int, tokens: int) -> StepFlops:
     )
 
 
-def _changes(config: RunConfig, own: Way, fits: Callable[[Way, int, Checkpointing], bool]) -> Iterator[str]:
-    """What would make a run fit that does not, or what one that fits could do without; the least first."""
+def _changes(config: RunConfig, own: Way, fits: Fits) -> Iterator[str]:
+    """What would make a run fit that does not, or what one that fits could do without."""
     options = config.train
     rows, checkpointing = options.per_device_batch_size, options.gradient_checkpointing
+    selective: list[Checkpointing] = [] if options.compile else ["selective"]  # they exclude each other
     if fits(own, rows, checkpointing):
-        less: tuple[Checkpointing, ...] = (False, "selective") if checkpointing is True else (False,)
-        spared = next((way for way in less if checkpointing and fits(own, rows, way)), None)
+        less = [False, *selective] if checkpointing is True else [False] if checkpointing else []
+        spared = next((again for again in less if fits(own, rows, again)), None)
         if spared is not None:
             yield f"train.gradient_checkpointing={str(spared).lower()} fits as well, and takes less time"
         return
-    found = 0
-    smaller = [rows // n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
+    more = [True] if checkpointing is True else [checkpointing, *selective, True]
+    sizes = [rows // n for n in (1, 2, 4, 8, 16, 32, 64) if rows % n == 0]
+    found: list[tuple[int, str]] = []
     for way in (own, *(w for w in WAYS if w != own)):
-        for recompute in dict.fromkeys(
-            (checkpointing, *(() if checkpointing is True else ("selective",)), True)
-        ):
-            size = next((size for size in smaller if fits(way, size, recompute)), None)
-            if size is None:
-                continue
-            file = "null" if way.zero == 0 else f"ds_configs/{way.name}.json"
-            keys = {
-                "train.deepspeed": None if way == own else file,
-                "train.gradient_checkpointing": None
-                if recompute == checkpointing
-                else str(recompute).lower(),
-                "train.per_device_batch_size": None if size == rows else size,
-                "train.gradient_accumulation_steps": None
-                if size == rows or options.global_batch_size
-                else options.gradient_accumulation_steps * rows // size,
-            }
-            yield " ".join(f"{key}={value}" for key, value in keys.items() if value is not None)
-            found += 1
-            break
-        if found == 3:
-            return
+        fitting = ((size, again) for again in more for size in sizes if fits(way, size, again))
+        if first := next(fitting, None):
+            found.append((first[0], _change(config, own, way, *first)))
+    found.sort(key=lambda one: -one[0])  # those that keep the rows of a micro-batch before those that do not
+    yield from (change for _, change in found[:3])
     if not found:
         smaller_tuning = {"full": "lora", "lora": "qlora"}.get(config.tune.language_model)
         hint = f"tune.language_model={smaller_tuning}, or " if smaller_tuning else ""
         yield f"nothing of this fits; try {hint}more or larger cards, or a smaller data.max_length"
 
 
+def _change(config: RunConfig, own: Way, way: Way, size: int, again: Checkpointing) -> str:
+    """The keys that make a run one of `way`, with `size` rows a micro-batch and as many a step as before."""
+    options = config.train
+    keys: dict[str, Any] = {}
+    if way != own:
+        keys["deepspeed"] = "null" if way.zero == 0 else f"ds_configs/{way.name}.json"
+        if own == FSDP:
+            keys["fsdp"] = "false"
+    if again != options.gradient_checkpointing:
+        keys["gradient_checkpointing"] = str(again).lower()
+    if size != options.per_device_batch_size:
+        keys["per_device_batch_size"] = size
+        if not options.global_batch_size:
+            times = options.per_device_batch_size // size
+            keys["gradient_accumulation_steps"] = options.gradient_accumulation_steps * times
+    return " ".join(f"train.{key}={value}" for key, value in keys.items())
+
+
 def report(found: Plan) -> Group:
     """The plan as a table and lines, for a terminal."""
+    spent = 1 - found.model_tflop / found.hardware_tflop
+    again = f", {spent:.0%} of them spent on computing a second time" if spent else ""
+    lines = [
+        "* as the recipe has it; plain: without DeepSpeed; +cpu: offloaded. A card is taken to hold "
+        f"{USABLE:.0%} of its memory.",
+        f"A step of {found.rows} x {found.accumulation} rows with {found.mean_tokens} tokens: "
+        f"{_short(found.hardware_tflop)} TFLOP a rank{again}. At {found.efficiency:.0%} of {found.tflops:g} "
+        f"TFLOP/s, {_short(found.step_seconds)} s, {_short(found.samples_per_second)} rows/s in all, if "
+        "neither communication nor data make it wait.",
+    ]
+    if found.assumed:
+        lines.append(
+            "Rows were not read, their length is assumed; --preflight measures it, --tokens gives it."
+        )
+    lines += [f"To change: {change}" for change in found.changes]
+    return Group(_memory_table(found), *(Text(line) for line in lines))
+
+
+def _memory_table(found: Plan) -> Table:
+    """Bytes by what they hold, a column for each way."""
     largest = max(option.memory.total for option in found.options)
     recompute = {"True": "on", "False": "off"}.get(str(found.checkpointing), found.checkpointing)
     unit, size = ("GiB", GIB) if largest >= GIB / 4 else ("MiB", 2**20)
@@ -418,23 +249,15 @@ def report(found: Plan) -> Group:
     )
     table.add_column("")
     for option in found.options:
-        name = option.way.replace("_offload", "+cpu") + ("*" if option.chosen else "")
+        name = option.way.replace("_offload", "+cpu").replace("no DeepSpeed", "plain")
+        name += "*" if option.chosen else ""
         table.add_column(name, justify="right", style="bold" if option.chosen else "")
     for row in ("weights", "gradients", "optimizer", "activations", "logits", "images", "buffers", "total"):
         table.add_row(row, *(f"{getattr(option.memory, row) / size:.2f}" for option in found.options))
     table.add_row("fits", *("yes" if option.fits else "no" for option in found.options))
     table.add_row("in CPU memory", *(f"{option.memory.host / size:.2f}" for option in found.options))
-    lines = [
-        f"* as the recipe has it. A card is taken to hold {USABLE:.0%} of its memory.",
-        f"A step of {found.rows} x {found.accumulation} rows with {found.mean_tokens} tokens: "
-        f"{found.hardware_tflop:,.3g} TFLOP a rank, {found.model_tflop:,.3g} of them needed. At "
-        f"{found.efficiency:.0%} of {found.tflops:g} TFLOP/s, {found.step_seconds:.2g} s, "
-        f"{found.samples_per_second:,.3g} rows/s in all, if neither communication nor data make it wait.",
-        *(
-            ["Rows were not read, their length is assumed; --preflight measures it, --tokens gives it."]
-            if found.assumed
-            else []
-        ),
-        *(f"To change: {change}" for change in found.changes),
-    ]
-    return Group(table, *(Text(line) for line in lines))
+    return table
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}" if number < 10 else f"{number:.1f}"

@@ -3,57 +3,37 @@
 Rows are checked one by one; then the run is started as it would be, on all its ranks, and stopped before its
 first step: parts are loaded and tuned, the longest rows go forward and backward, a checkpoint is rehearsed,
 the first batches come. What is wrong is listed, and written to `output_dir/preflight.json`.
+A feature cache is not filled: a few pictures are, and what all will take is told.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
 from transformers import TrainerCallback
 
 from mllm.config import RunConfig
 from mllm.data.check import DataCheck, check_rows
-from mllm.data.files import write_atomic
 from mllm.data.mixture import Mixture
 from mllm.errors import DataError, MllmError
 from mllm.training.arguments import check_options
 from mllm.training.asking import Asks
 from mllm.training.batches import make_collator
 from mllm.training.build import build_processor, open_mixture
+from mllm.training.feature_cache import try_cache
 from mllm.training.longest import LongestFirst
+from mllm.training.memory import way_of_run
 from mllm.training.outline import outline
+from mllm.training.preflight_report import Check, Report, data_line, over_ranks, table
 from mllm.training.train import train
+from mllm.training.validation import open_validation
 
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the report; `passed` is None where it was not come to."""
-
-    name: str
-    passed: bool | None
-    detail: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What was checked; `data` is None where the data could not be opened."""
-
-    checks: list[Check]
-    data: dict[str, Any] | None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the run may be started."""
-        return all(check.passed for check in self.checks)
+__all__ = ["Check", "Report", "preflight", "table"]
 
 
 class StoppedBeforeStepOneError(Exception):
@@ -80,6 +60,25 @@ class Marks(TrainerCallback):
         raise StoppedBeforeStepOneError
 
 
+class CacheTrial(TrainerCallback):
+    """Tries the feature cache on a few pictures when the model is there.
+
+    Args:
+        config: the run.
+        marks: told when it is over.
+    """
+
+    def __init__(self, config: RunConfig, marks: Marks) -> None:
+        self.config, self.marks = config, marks
+        self.detail = ""
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """See `try_cache`."""
+        rows, collator = open_data(self.config)
+        self.detail = try_cache(self.config, args, model, collator.processor, rows)
+        self.marks.at["kept"] = time.perf_counter()
+
+
 def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -> Report:
     """Check a run; also under a launcher, where each rank looks at its share of the rows.
 
@@ -87,26 +86,22 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
         config: the run.
         asker: as for `train`.
         show: a progress bar.
+
+    Returns:
+        What all ranks have found, on rank 0; on others what they have found themselves.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(config.train.output_dir)
+    (folder / f"preflight.rank{rank}.json").unlink(missing_ok=True)  # of an earlier one
     first, found, longest = _check_data(config, rank, ranks, show and rank == 0)
-    # Nothing of it is reported: a tracker would show a run that never was.
-    changes = {"output_dir": str(folder / "preflight"), "resume": False, "report_to": []}
-    aside = config.train.model_copy(update=changes)
+    rows_checks = [first, *([_check_validation(config)] if config.val else [])]
     marks = Marks()
-    callbacks: list[TrainerCallback] = [*([longest] if longest else []), marks]
-    cache = config.data.feature_cache
-    changes = {
-        "longest_first": config.data.longest_first and longest is None,
-        # What is computed of it stays for the run.
-        "feature_cache": str(folder / "feature_cache") if cache is True else cache,
-    }
-    data = config.data.model_copy(update=changes)
+    cache = CacheTrial(config, marks) if config.data.feature_cache else None
     error: MllmError | None = None
     try:
-        check_options(config.train)  # also what is left out below
-        train(config.model_copy(update={"train": aside, "data": data}), callbacks=callbacks, asker=asker)
+        check_options(config)  # also what is left out below
+        callbacks = [longest, marks, cache]
+        train(_aside(config, longest is not None), callbacks=[c for c in callbacks if c], asker=asker)
     except StoppedBeforeStepOneError:
         pass
     except MllmError as caught:
@@ -115,11 +110,21 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
         shutil.rmtree(folder / "preflight", ignore_errors=True)
     rows_first = not first.passed and isinstance(error, DataError)
     told = None if error is None or rows_first else str(error)
-    checks = _start_checks(config, marks.at, told, longest)
-    report = Report([first, *checks], None if found is None else found.record())
-    text = json.dumps({"passed": report.passed, **asdict(report)}, indent=1) + "\n"
-    write_atomic(folder / (f"preflight.rank{rank}.json" if rank else "preflight.json"), text)
-    return report
+    checks = _start_checks(config, marks.at, told, longest, cache)
+    return over_ranks(config, Report.of([*rows_checks, *checks], found), folder, rank, ranks)
+
+
+def _aside(config: RunConfig, longest_is_tried: bool) -> RunConfig:
+    """The run as it is started here: in a folder of its own, and with nothing reported.
+
+    A tracker would show a run that never was. With pixels in place of kept features it needs as much memory,
+    or a little more.
+    """
+    folder = Path(config.train.output_dir) / "preflight"
+    options = config.train.model_copy(update={"output_dir": str(folder), "resume": False, "report_to": []})
+    tried = config.data.longest_first and not longest_is_tried
+    data = config.data.model_copy(update={"longest_first": tried, "feature_cache": False})
+    return config.model_copy(update={"train": options, "data": data})
 
 
 def open_data(config: RunConfig) -> tuple[Mixture, Any]:
@@ -144,41 +149,46 @@ def _check_data(
         )
     except MllmError as error:
         return Check("data", False, str(error), time.perf_counter() - begun), None, None
-    worst = next(iter(found.faults.items()), None)
-    detail = f"{found.rows:,} rows, {found.pictures:,} pictures, longest row {found.tokens:,} tokens"
-    if config.data.max_length and not config.on_pairs:
-        over = found.over / max(1, found.rows)
-        detail += (
-            f"; {over:.2%} of rows over data.max_length, {found.dropped / max(1, found.turns):.2%} of turns"
-        )
-    if found.empty:
-        detail += (
-            f"; {found.empty:,} answers without text, trained on their end token alone, the first in "
-            f"{found.first_empty}"
-        )
-    if worst is not None:
-        one = found.bad[0]
-        detail += f"; {len(found.bad)} bad rows, the first: {one['row']}: {one['fault']}"
-    check = Check("data", not found.bad, detail, time.perf_counter() - begun)
+    check = data_line(config, found, time.perf_counter() - begun)
     planned = config.data.packing or config.data.grouping != "none"
     own = config.data.longest_first and not planned and found.longest
     return check, found, LongestFirst(rows, collator, found.longest) if own else None
 
 
+def _check_validation(config: RunConfig) -> Check:
+    """The rows that will be measured: a bad one would stop the run at the first validation."""
+    begun = time.perf_counter()
+    try:
+        collator = make_collator(config, build_processor(config.model))  # `data` may not be there
+        validation = open_validation(config, collator)
+        assert validation is not None
+        for row in validation.rows:
+            collator([row])
+    except MllmError as error:
+        return Check("validation", False, str(error), time.perf_counter() - begun)
+    return Check("validation", True, f"{len(validation.rows):,} rows", time.perf_counter() - begun)
+
+
 def _start_checks(
-    config: RunConfig, at: Mapping[str, float], error: str | None, longest: LongestFirst | None
+    config: RunConfig,
+    at: Mapping[str, float],
+    error: str | None,
+    longest: LongestFirst | None,
+    cache: CacheTrial | None,
 ) -> list[Check]:
     """How far the start came: the first thing that was not reached has failed.
 
     Without an `error` it was a bad row that ended the start, and that is told already.
     """
-    tried = (
-        "not wanted: data.longest_first=false" if not config.data.longest_first else "forward and backward"
-    )
+    forward_alone = "tried" in at and way_of_run(config.train).zero == 3  # see `longest`
+    tried = "forward" if forward_alone else "forward and backward"
+    if not config.data.longest_first:
+        tried = "not wanted: data.longest_first=false"
     if longest is not None and longest.tokens:
         tried += f", {len(longest.rows)} rows, {longest.tokens:,} tokens"
     names = {
         "built": ("model", "parts are loaded, tuned and in the optimiser's hands"),
+        **({"kept": ("feature cache", cache.detail)} if cache else {}),
         "tried": ("longest batch", tried),
         "ready": ("rehearsal and first batches", "a checkpoint was written and read back, rows have come"),
     }
@@ -193,14 +203,3 @@ def _start_checks(
         else:
             checks.append(Check(name, None, "not come to" if failed else "not come to: the rows first", 0.0))
     return checks
-
-
-def table(report: Report) -> Table:
-    """The report for a terminal."""
-    shown = Table("check", "", "seconds", "what", title="Preflight", title_justify="left", box=None)
-    for check in report.checks:
-        word = {True: "[green]passed", False: "[red]FAILED", None: "[dim]-"}[check.passed]
-        shown.add_row(check.name, word, f"{check.seconds:.1f}", check.detail.replace("[", r"\["))
-    for fault, count in (report.data or {}).get("faults", {}).items():
-        shown.add_row("", "", "", f"{count} x {fault}".replace("[", r"\["))
-    return shown

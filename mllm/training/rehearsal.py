@@ -120,7 +120,7 @@ def _check_disk(trainer: SavingTrainer, folder: Path) -> None:
     final = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
     limit, beside = args.save_total_limit, 0
     best = any(isinstance(callback, KeepBest) for callback in trainer.callback_handler.callbacks)
-    saves = 2 if best else 0  # the best one stays until a better one is complete
+    saves = (limit or 1) + 1 if best else 0  # the best one stays until a better one is complete
     if args.save_strategy == "steps":
         beside = int(best)  # and beside the last ones
         saves = math.ceil((state.max_steps - state.global_step) / args.save_steps) + beside

@@ -60,7 +60,7 @@ def train(
         The checkpoint directory (the run's `output_dir`).
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-    check_options(config.train)
+    check_options(config)
     if config.eval is not None and asker is None:
         raise ConfigError(
             "eval: nobody was named to ask the questions; give train(..., asker=eval.during_training.Asker())"
@@ -91,11 +91,11 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
         batches = micro_batches(config, arguments, model, rows, collator)
     record = run_record(config, rows, arguments, batches)
     known = known_lengths(batches, rows, collator, options.per_device_batch_size)
+    validation = open_validation(config, collator)
     feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
     if config.data.feature_cache:
         feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
     steps, progress = StepLog(), Progress()
-    validation = open_validation(config, collator)
     watchdog = Watchdog(
         progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
     )

@@ -30,7 +30,7 @@ from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
 from mllm.model import load
 from mllm.quickstart.scenes import WorldFiles, write_world
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 from mllm.training.tuning import apply_tuning
 

@@ -11,7 +11,8 @@ import argparse
 from typing import Any
 
 from mllm.config import RunConfig
-from mllm.training.plan import GIB, USABLE, WAYS, Facts, Measure, Way, bytes_a_rank
+from mllm.training.memory import WAYS, Facts, Measure, Way, bytes_a_rank
+from mllm.training.plan import GIB, USABLE
 
 VISION = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "image_size": 336,

@@ -17,7 +17,7 @@ from mllm.data.rows import open_rows
 from mllm.errors import DataError
 from mllm.model import MllmProcessor
 from mllm.training import batches
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 

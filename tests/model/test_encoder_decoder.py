@@ -28,7 +28,7 @@ from mllm.model import MllmForConditionalGeneration, MllmProcessor
 from mllm.model.checkpoint import save
 from mllm.model.language_model import build_language_model
 from mllm.training.build import build
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 Composed = tuple[MllmForConditionalGeneration, MllmProcessor]

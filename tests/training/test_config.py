@@ -78,6 +78,21 @@ def test_a_mistake_is_one_line_that_names_it(recipe: Path, override: str, proble
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["/no/such", "./no", "../no", "runs/no/such", "~/no", "mllm_no_such/a/b"])
+def test_a_folder_of_a_model_that_is_not_there_is_no_name_on_the_hub(recipe: Path, place: str) -> None:
+    for key, given in {"language_model": place, "vision_encoder": f"[v, {place}]"}.items():
+        with pytest.raises(ConfigError, match=rf"recipe\.yaml: model\.{key}: there is no folder '{place}'"):
+            load_recipe(recipe, [f"model.{key}={given}"])
+    assert load_recipe(recipe, ["model.language_model=owner/name"]).model.language_model == "owner/name"
+
+
+def test_a_home_folder_is_written_out(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "llm").mkdir()
+    with pytest.raises(ConfigError, match=f"no folder '~/llm'; write '{tmp_path}/llm'"):
+        load_recipe(recipe, ["model.language_model=~/llm"])
+
+
 @pytest.mark.parametrize("section", ["stage", "model", "data", "train"])
 def test_a_missing_section_is_named(recipe: Path, section: str) -> None:
     recipe.write_text(yaml.safe_dump({k: v for k, v in MINIMAL.items() if k != section}))
@@ -177,7 +192,7 @@ ALIGN: dict[str, Any] = MINIMAL["model"]
         ({"data": {"path": [{"path": "a", "weight": 2}]}}, "one data set, which weight means nothing for"),
         (
             {"train": {"output_dir": "o", "save_total_limit": 2}},
-            "save_total_limit is given, but nothing is saved",
+            r"save_total_limit is given, but nothing is saved .*give train\.save_steps or val\.keep_best",
         ),
         # Values that cannot be.
         ({"data": {"path": []}}, "data.path: List should have at least 1 item"),

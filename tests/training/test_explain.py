@@ -152,6 +152,38 @@ def test_the_commands(run: Callable[..., Any]) -> None:
     assert "To change: train." in out
 
 
+def test_what_is_not_there_is_noted_beside_the_answer(monkeypatch: Any, capsys: Any) -> None:
+    """On standard error, with exit code 0, so that a recipe can be looked at anywhere."""
+    for command, unknown in {
+        "explain": "rows and shares are not known, and the row shown is made up",
+        "plan": "the plan holds, as it reads no rows, but the run cannot start",
+    }.items():
+        arguments = [
+            "quickstart/instruct",
+            "val={path: gone.json, image_root: .}",
+            "data.path=rows.json",
+            "--json",
+        ]
+        monkeypatch.setattr("sys.argv", ["mllm", command, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        out, err = capsys.readouterr()
+        assert json.loads(out)
+        assert [line for line in err.splitlines() if line.startswith("note: ")] == [
+            "note: data.path: rows.json is not on this machine",
+            "note: val.path: gone.json is not on this machine",
+            "note: data.image_root: runs/quickstart/world/images is not on this machine",
+            f"note: therefore {unknown}",
+        ]
+
+
+def test_epochs_are_those_of_max_steps(world: Path) -> None:
+    """16 rows, 4 a step."""
+    found = explain(run_config(world, Path("none"), ("frozen", "full", "frozen"), max_steps=10))
+    assert (found.steps, found.epochs) == (10, 2.5)
+
+
 def test_faults_are_one_line(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for command in ("explain", "plan"):

@@ -26,10 +26,10 @@ from mllm.training.build import build, open_mixture
 from mllm.training.callbacks import known_lengths
 from mllm.training.eyes import Eyes, QuietProgress, peak_tflops
 from mllm.training.flops import StepFlops
-from mllm.training.guards import read_metrics
 from mllm.training.longest import LongestFirst, _room_for_states, longest_rows, sample_numbers
+from mllm.training.memory import Measure
+from mllm.training.metrics import read_metrics
 from mllm.training.outline import outline
-from mllm.training.plan import Measure
 from mllm.training.plan import step_flops as traced_flops
 from mllm.training.steps import StepLog
 from mllm.training.train import train
@@ -125,7 +125,9 @@ def test_mfu_and_sums_over_ranks() -> None:
     assert peak_tflops("NVIDIA H200") == 989
     assert peak_tflops("NVIDIA H100 PCIe") == 756
     assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
-    assert peak_tflops("somebody's card") is None
+    assert peak_tflops("NVIDIA GH200 480GB") == 989
+    for name in ("somebody's card", "NVIDIA L40", "NVIDIA A10G", "NVIDIA RTX A1000"):
+        assert peak_tflops(name) is None
 
 
 def test_one_estimate_serves_packing_and_mfu_and_agrees_with_the_plan(world: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from mllm.config import RunConfig
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.snapshots import STAGING, complete_snapshots, step_of
 from mllm.training.train import train
 

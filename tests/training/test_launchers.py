@@ -14,8 +14,8 @@ from runs import TUNINGS, make_world, run_config
 
 from mllm.config import load_recipe
 from mllm.errors import ConfigError
-from mllm.training.guards import read_metrics
 from mllm.training.launch import check_launch
+from mllm.training.metrics import read_metrics
 
 LAUNCHERS = {
     "plain": {},

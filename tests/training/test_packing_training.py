@@ -21,7 +21,7 @@ from mllm.data.lengths import Lengths
 from mllm.data.packing import PackingCollator
 from mllm.errors import ConfigError
 from mllm.training.batches import row_flops
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mllm.config import RunConfig
 from mllm.errors import ConfigError
 from mllm.training.build import build
 from mllm.training.flops import attention_flops, decoder_flops
+from mllm.training.memory import WAYS, Measure, bytes_a_rank, way_of
 from mllm.training.outline import example_batch, outline
-from mllm.training.plan import WAYS, Gpus, Measure, bytes_a_rank, plan, step_flops, way_of
+from mllm.training.plan import Gpus, plan, step_flops
 from mllm.training.recompute import checkpoint_selectively
 from mllm.training.shapes import id_of
 from mllm.training.train import train
@@ -192,6 +194,8 @@ def test_what_to_change_fits() -> None:
     found = plan(config, cards, tflops=100)
     assert not next(option.fits for option in found.options if option.chosen)
     assert found.changes
+    sizes = [int((re.findall(r"batch_size=(\d+)", change) or [16])[0]) for change in found.changes]
+    assert sizes == sorted(sizes, reverse=True)
     for change in found.changes:
         changed: dict[str, Any] = {}
         for pair in change.split():
@@ -201,6 +205,49 @@ def test_what_to_change_fits() -> None:
         assert train_section.per_device_batch_size * train_section.gradient_accumulation_steps == 16
         again = plan(config.model_copy(update={"train": train_section}), cards, tflops=100)
         assert next(option.fits for option in again.options if option.chosen), change
+
+
+def test_kept_features_take_the_encoder_out_of_the_step() -> None:
+    """Of its arithmetic, and of what is kept of it where the recipe would train nothing before it."""
+    plain = published("frozen", num_hidden_layers=2)
+    kept = plain.model_copy(update={"data": plain.data.model_copy(update={"feature_cache": True})})
+    traces = [Measure(config, deepspeed=False).trace(2, 800) for config in (plain, kept)]
+    for counts in zip(*((trace.forward, trace.backward) for trace in traces), strict=True):
+        own = {key: flops for key, flops in counts[0].items() if not key.startswith("vision_encoder")}
+        assert len(own) < len(counts[0])
+        assert counts[1] == own
+    facts = Measure(kept, deepspeed=True).facts(800)
+    assert facts.images == 2 * 576 * 1024
+    found = [plan(config, Gpus(8, 80)) for config in (plain, kept)]
+    assert found[0].step_seconds > found[1].step_seconds
+    assert found[0].flops.image > found[1].flops.image > 0
+
+
+def test_fsdp_is_a_way_of_its_own() -> None:
+    """Weights in the precision that they are trained in, over all ranks."""
+    config = published("full", num_hidden_layers=2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"fsdp": True})})
+    found = plan(config, Gpus(8, 80))
+    assert [option.way for option in found.options if option.chosen] == ["fsdp"]
+    chosen = found.options[-1].memory
+    trained = sum(report.trainable for report in Measure(config, deepspeed=False).reports)
+    assert chosen.weights == pytest.approx((4 * trained + 2 * 303_507_456) / 8)
+    assert chosen.optimizer == 2 * chosen.gradients == pytest.approx(8 * trained / 8)
+    (change,) = plan(config, Gpus(8, 4), tflops=1).changes[1:2]
+    assert change.startswith("train.deepspeed=")
+    assert "train.fsdp=false" in change
+
+
+def test_float32_is_not_timed_as_16_bit() -> None:
+    config = published("frozen", num_hidden_layers=2)
+    slow = config.train.model_copy(update={"bf16": False})
+    model = config.model.model_copy(update={"dtype": "float32"})
+    found = [
+        plan(one, Gpus(8, 80)) for one in (config, config.model_copy(update={"train": slow, "model": model}))
+    ]
+    assert [one.tflops for one in found] == [989, 67]
+    for one in found:
+        assert one.model_tflop == pytest.approx(one.hardware_tflop, rel=0.01)  # nothing is computed again
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])

@@ -21,7 +21,8 @@ from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
 from mllm.data.schema import assistant, user
 from mllm.training.build import build_processor
-from mllm.training.plan import WAYS, Measure, bytes_a_rank
+from mllm.training.memory import FSDP, WAYS, Measure, bytes_a_rank
+from mllm.training.sharded import local_share
 from mllm.training.train import train
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -51,6 +52,11 @@ class Held(TrainerCallback):
             self.peak.__exit__(None, None, None)
             return
         optimizer: Any = kwargs["optimizer"]
+        self.weights = sum(local_share(p).nbytes for p in kwargs["model"].parameters())
+        if not args.deepspeed:
+            moments = [local_share(x) for one in optimizer.state.values() for x in one.values()]
+            self.optimizer = sum(tensor.nbytes for tensor in moments if tensor.dim())
+            return
         while not hasattr(optimizer, "dtype"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
@@ -60,8 +66,6 @@ class Held(TrainerCallback):
         moments = [
             x for one in optimizer.optimizer.state.values() for x in one.values() if torch.is_tensor(x)
         ]
-        weights = [getattr(p, "ds_tensor", p) for p in kwargs["model"].parameters()]
-        self.weights = sum(p.numel() * p.element_size() for p in weights)
         self.optimizer = sum(tensor.nbytes for tensor in [*masters, *moments] if tensor.dim())
 
 
@@ -119,3 +123,26 @@ def test_what_two_ranks_hold(world: Path, tmp_path: Path) -> None:
             assert optimizer == pytest.approx(12 * share, rel=0.02), (tuning, name)
             ratios[tuning, name, number] = (found.total + found.host) / peak
     assert {what: ratio for what, ratio in ratios.items() if not 0.85 <= ratio <= 1.15} == {}, ratios
+
+
+@pytest.mark.slow
+def test_what_two_ranks_hold_under_fsdp(world: Path, tmp_path: Path) -> None:
+    parts = {"vision_encoder": str(world / "vision"), "tokenizer": str(world / "language")}
+    parts |= {"template": "vicuna_v1", "dtype": "bfloat16", "language_model": LANGUAGE_MODEL}
+    configs = {
+        name: run_config(
+            world, tmp_path / name, tuning, parts,
+            bf16=True, max_steps=2, fsdp=True, per_device_batch_size=ROWS, rehearsal=False,
+        )
+        for name, tuning in TUNINGS.items()
+    }  # fmt: skip
+    config = configs["full"]
+    row = open_rows(world / "rows" / "rows.jsonl", image_root=world / "rows")[0]
+    tokens = len(Collator(build_processor(config.model)).encode(row).input_ids)
+    for rank in on_ranks(held_by_a_rank, 2, tmp_path, configs):
+        for name, (weights, optimizer, peak) in rank.items():
+            facts = Measure(configs[name], deepspeed=False).facts(tokens)
+            found = bytes_a_rank(facts, FSDP, 2, ROWS, False)
+            assert weights == pytest.approx(found.weights, rel=0.01)
+            assert optimizer == pytest.approx(found.optimizer, rel=0.01)
+            assert found.total == pytest.approx(peak, rel=0.15), name

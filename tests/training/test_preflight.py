@@ -16,13 +16,17 @@ from runs import TUNINGS, make_world, run_config, write_rows
 from typer.testing import CliRunner
 
 from mllm import cli
-from mllm.config import RunConfig, SourceSection
+from mllm.config import RunConfig, SourceSection, ValSection
 from mllm.data.check import check_rows
 from mllm.data.collator import Collator
+from mllm.data.feature_store import FeatureStore
+from mllm.errors import ConfigError
 from mllm.training.build import build_processor, open_mixture
 from mllm.training.callbacks import known_lengths, length_line
 from mllm.training.longest import LongestFirst
 from mllm.training.preflight import preflight, table
+from mllm.training.preflight_report import Check, Report, data_line, merge
+from mllm.training.saving import amount
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,12 +128,32 @@ def test_a_good_run_passes_and_an_earlier_one_stays(world: Path, tmp_path: Path,
     assert table(report).row_count == 4
 
 
-def test_features_stay_for_the_run_and_nothing_is_reported(
+def test_a_few_features_are_tried_and_stay_for_the_run(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not all: that would take as long as the preflight is there to spare."""
+    monkeypatch.setattr("mllm.training.feature_cache.BATCH", 3)
+    config = run_config(world, tmp_path / "run", TUNINGS["connector"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"feature_cache": True})})
+    pictures = len(list((world / "rows").glob("*.png")))
+    for done in (0, 3):
+        report = preflight(config, show=False)
+        assert report.passed, report
+        assert [check.name for check in report.checks][1:4] == ["model", "feature cache", "longest batch"]
+        told = report.checks[2].detail
+        assert told.startswith(f"{pictures - done} of {pictures} pictures are to be computed before step 1: ")
+        assert f" {amount((pictures - done) * 16 * 32 * 4)}, about 0:00:0" in told
+        folder = next((tmp_path / "run" / "feature_cache").iterdir())
+        assert len(FeatureStore(folder, (16, 32), torch.float32)) == done + 3
+    tuned = config.model_copy(update={"tune": config.tune.model_copy(update={"vision_encoder": "full"})})
+    report = preflight(tuned, show=False)
+    assert [check.passed for check in report.checks] == [True, True, False, None, None]
+    assert "the vision encoder learns" in report.checks[2].detail
+
+
+def test_nothing_is_reported(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tracker would show a run that never was."""
     config = run_config(world, tmp_path / "run", TUNINGS["connector"], report_to=["tensorboard"])
-    config = config.model_copy(update={"data": config.data.model_copy(update={"feature_cache": True})})
     seen = []
 
     def watched(config: RunConfig, **options: Any) -> Path:
@@ -139,7 +163,6 @@ def test_features_stay_for_the_run_and_nothing_is_reported(
     monkeypatch.setattr("mllm.training.preflight.train", watched)
     assert preflight(config, show=False).passed
     assert seen == [[]]
-    assert len(list((tmp_path / "run" / "feature_cache").rglob("*.safetensors"))) == 1
     unknown = config.train.model_copy(update={"report_to": ["nothing"]})
     report = preflight(config.model_copy(update={"train": unknown}), show=False)
     assert "train.report_to" in report.checks[1].detail
@@ -197,6 +220,45 @@ def test_the_command_has_an_exit_code_and_json(world: Path, tmp_path: Path) -> N
         assert result.stdout.count("rows.jsonl:") == 3 * code
 
 
+def test_rows_of_the_validation_are_checked_too(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"])
+    bad = spoilt(tmp_path / "rows")
+    for path, fault in ((bad, r"rows.jsonl:1 (id r0): image "), (tmp_path / "gone.json", "there is no such")):
+        val = ValSection(path=str(path), image_root=str(bad.parent))
+        report = preflight(config.model_copy(update={"val": val}), show=False)
+        assert report.checks[1].name == "validation"
+        assert not report.checks[1].passed
+        assert fault in report.checks[1].detail
+    with pytest.raises(ConfigError, match=r"val\.path: there is no '.*gone\.json'"):
+        train(config.model_copy(update={"val": val}))
+
+
+def test_ranks_make_one_report(world: Path, tmp_path: Path) -> None:
+    """The faults of all, and the first rank that did not come so far; one that is silent is told."""
+    config = over(run_config(world, tmp_path / "run", TUNINGS["llm"]), spoilt(tmp_path / "rows"))
+    rows, collator = open_mixture(config.data, 0), Collator(build_processor(config.model))
+    whole = check_rows(rows, collator, show=False)
+    halves = [check_rows(rows, collator, rank=rank, ranks=2, show=False) for rank in range(2)]
+    fine = [Check("model", True, "ok", 1.0), Check("model", False, "no GPU", 2.0)]
+    reports = [
+        Report.of([data_line(config, half, rank), fine[rank]], half) for rank, half in enumerate(halves)
+    ]
+    merged = merge(config, reports)
+    assert merged.data is not None
+    told = {key: merged.data[key] for key in ("rows", "pictures", "turns", "tokens", "faults")}
+    assert told == {key: getattr(whole, key) for key in told}
+    assert {one["row"]: one["fault"] for one in merged.data["bad"]} == {
+        one["row"]: one["fault"] for one in whole.bad
+    }
+    assert "12 rows" in merged.checks[0].detail
+    assert "3 bad rows" in merged.checks[0].detail
+    assert merged.checks[1] == Check("model", False, "rank 1: no GPU", 2.0)
+    assert merge(config, reports, [2]).checks[-1].detail.startswith("ranks 2 have not reported")
+    reports[1] = Report([Check("data", False, "no such file", 0.0), fine[0]], None)
+    merged = merge(config, reports)
+    assert (merged.passed, merged.data) == (False, None)
+
+
 @pytest.mark.slow
 def test_two_ranks_under_deepspeed(world: Path, tmp_path: Path) -> None:
     config = run_config(
@@ -216,7 +278,8 @@ def test_two_ranks_under_deepspeed(world: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for name in ("preflight.json", "preflight.rank1.json"):
-        report = json.loads((tmp_path / "run" / name).read_text())
-        assert report["passed"]
-        assert report["data"]["rows"] == 8
+    report = json.loads((tmp_path / "run" / "preflight.json").read_text())
+    assert report["passed"]
+    assert report["data"]["rows"] == 16
+    assert not list((tmp_path / "run").glob("preflight.rank*.json"))
+    assert (done.stdout + done.stderr).count("Preflight") == 1

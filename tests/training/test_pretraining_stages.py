@@ -24,7 +24,7 @@ from mllm.model import load
 from mllm.model.parts import load_vision_encoder
 from mllm.model.pretraining.compose import compose_dual_encoder
 from mllm.model.pretraining.pair_processing import PairProcessor
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 REPOSITORY = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ import mllm
 from mllm.config import RunConfig, ValSection
 from mllm.errors import CheckpointError, TrainingStoppedError
 from mllm.model.checkpoint.verify import verify
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.snapshots import STAGING, complete_snapshots
 from mllm.training.train import train
 from mllm.training.trainer import MllmTrainer

@@ -24,7 +24,7 @@ from mllm.cli import app
 from mllm.config import RunConfig, TrainSection
 from mllm.errors import ConfigError
 from mllm.training.explain import _steps
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.resume import last_checkpoint
 from mllm.training.snapshots import MARKER, STAGING, complete_snapshots, read_marker, rotate
 from mllm.training.train import train

@@ -15,7 +15,7 @@ from mllm.config import TrainSection, TuneSection
 from mllm.data.collator import Collator
 from mllm.data.packing import PackingCollator
 from mllm.errors import ConfigError
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.recompute import checkpoint_selectively
 from mllm.training.speed import compile_layers, own_gpu, speed_up
 from mllm.training.train import train
@@ -154,6 +154,7 @@ def test_runs_with_them(world: Path, tmp_path: Path) -> None:
         ("all", {"vision_batch_size": 2}, "train.vision_batch_size: the vision encoder is trained"),
         ("llm", {"kernels": "liger"}, r"train.kernels: liger.* (install|need a GPU)"),
         ("llm", {"optim": "adamw_tosch"}, "knows no 'adamw_tosch'; did you mean 'adamw_torch'"),
+        ("llm", {"optim": "adamm"}, "knows no 'adamm'; use adamw_torch, adamw_torch_fused, .*, or another"),
         ("llm", {"optim": "paged_adamw_32bit"}, "there is no GPU"),
     ],
 )
@@ -171,6 +172,15 @@ def test_each_rank_tries_kernels_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch)
     assert own_gpu() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert own_gpu() == torch.device("cuda", 3)
+
+
+def test_flash_attention_is_refused_where_it_cannot_run(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"], bf16=True)
+    model = config.model.model_copy(update={"attn_implementation": "flash_attention_2"})
+    if torch.cuda.is_available():
+        pytest.skip("it may be possible here")
+    with pytest.raises(ConfigError, match=r"'flash_attention_2', but it needs a GPU, .* or use sdpa"):
+        train(config.model_copy(update={"model": model}))
 
 
 def test_two_that_exclude_each_other() -> None:

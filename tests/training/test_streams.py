@@ -22,8 +22,8 @@ from mllm.errors import ConfigError
 from mllm.model.checkpoint import read_manifest
 from mllm.training.build import build_processor
 from mllm.training.callbacks import known_lengths
-from mllm.training.guards import read_metrics
 from mllm.training.longest import longest_rows
+from mllm.training.metrics import read_metrics
 from mllm.training.streams import open_stream
 from mllm.training.train import train
 

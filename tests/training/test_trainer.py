@@ -21,7 +21,7 @@ from mllm.data.collator import Collator
 from mllm.data.rows import open_rows
 from mllm.errors import ConfigError
 from mllm.training.build import build
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.resume import last_checkpoint
 from mllm.training.train import train
 from mllm.training.trainer import TrainingStoppedError

@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import make_picture
+from matplotlib import rc_context
 from runs import TUNINGS, make_world, run_config, tune
 
 import mllm
@@ -26,7 +27,7 @@ from mllm.data.rows import open_rows
 from mllm.data.schema import assistant, images_of, user
 from mllm.errors import ConfigError, DataError
 from mllm.training.build import build
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import plot_losses, read_metrics
 from mllm.training.train import train
 from mllm.training.validation import Blanked, Validation, shuffle_images
 
@@ -240,21 +241,25 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
 # -- the best checkpoint ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("save_steps", [0, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("save_steps", "limit"), [(0, None), (0, 2), pytest.param(3, 1, marks=pytest.mark.slow)]
+)
 def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_ends(
-    world: Path, tmp_path: Path, save_steps: int
+    world: Path, tmp_path: Path, save_steps: int, limit: int | None
 ) -> None:
     """At a rate at which soon every step makes it worse."""
-    limit = {"save_steps": save_steps, "save_total_limit": 1} if save_steps else {}
-    config = run_config(world, tmp_path / "run", TUNINGS["llm"], max_steps=12, learning_rate=0.3, **limit)
-    output = train(validated(config, world, every=1, keep_best=True, patience=4))
+    config = run_config(world, tmp_path / "run", TUNINGS["llm"], max_steps=12, learning_rate=0.3)
+    config = validated(config, world, every=1, keep_best=True, patience=4)
+    saving = {"save_steps": save_steps, "save_total_limit": limit}
+    raw = {**config.model_dump(exclude_unset=True), "val": config.val}
+    output = train(RunConfig.model_validate({**raw, "train": {**raw["train"], **saving}}))
     losses = {line["step"]: line["val/loss"] for line in metrics(output, "val/loss")}
     best = min(losses, key=lambda step: losses[step])
     assert len(losses) == best + 4
     kept = {int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*")}
     assert best in kept
     mllm.load(output / f"checkpoint-{best}")
-    assert len(kept) <= (2 if save_steps else 1)
+    assert len(kept) <= (2 if save_steps else limit or 1)
 
 
 def test_everything_is_reported_where_the_recipe_says(world: Path, tmp_path: Path) -> None:
@@ -271,6 +276,24 @@ def test_everything_is_reported_where_the_recipe_says(world: Path, tmp_path: Pat
     assert wanted <= tags, wanted - tags
     (line,) = metrics(output, "val/loss")
     assert events.Scalars("train/val/loss")[0].value == pytest.approx(line["val/loss"])
+
+
+def test_the_picture_of_the_losses_has_those_of_validation(tmp_path: Path) -> None:
+    """In one whose words can be read; rows that all have an image are one curve, not two."""
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    seen = {"val/loss_images": 1.5, "val/loss_shuffled": 1.6, "val/loss_blank": 1.7, "step": 2}
+    runs = {"a": lines, "b": [*lines, {**seen, "val/loss": 1.5}], "c": [*lines, {**seen, "val/loss": 1.4}]}
+    with rc_context({"svg.fonttype": "none"}):
+        plot_losses(runs, tmp_path / "loss.svg")
+    drawn = (tmp_path / "loss.svg").read_text()
+    assert [drawn.count(f">{name}<") for name in runs] == [1, 1, 1]
+    for what, names in {
+        "validation": "bc",
+        "validation, rows with an image": "c",
+        "the same with others' images": "bc",
+        "the same with blank images": "bc",
+    }.items():
+        assert [name for name in runs if f">{name}, {what}<" in drawn] == list(names)
 
 
 def test_pairs_are_refused(world: Path) -> None:

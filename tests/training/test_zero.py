@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 import mllm
 from mllm.config import RunConfig, SourceSection
-from mllm.training.guards import read_metrics
+from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 pytest.importorskip("deepspeed")
