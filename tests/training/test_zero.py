@@ -162,11 +162,13 @@ def alternating_rows(world: Path, folder: Path) -> Path:
 
 
 RECIPES = ("blip2/align_opt", "flamingo/align", "cogvlm/align")
+ADAPTED = ("ddp", "zero2", "zero3", "fsdp")
 FAULTS = {
     "nan-zero2": "nan",
     "nan-zero3": "nan",
     "thaw-zero3": "thaw",
     "silent-zero3": "text",
+    **{f"dead-{kind}": "dead" for kind in ADAPTED},
     "look": "look",
 }
 
@@ -212,6 +214,10 @@ def steps(
     for name in ("nan-zero2", "nan-zero3", "thaw-zero3", "silent-zero3"):
         text = write_text(folder / "text") if name == "silent-zero3" else None
         add(name, name.rpartition("-")[2], TUNINGS["llm"], rows=text, max_steps=3)
+    for kind in ADAPTED:
+        rows = {"rows": alternating, "per_device_batch_size": 1, "max_steps": 5, "warmup_steps": 3}
+        add(f"dead-{kind}", kind, TUNINGS["lora_all"], **rows)
+        add(f"alive-{kind}", kind, TUNINGS["lora_all"], **rows)
     small = TinyWorld(folder / "recipes")
     for recipe in RECIPES:
         config = small.shrink(recipe)
@@ -300,6 +306,18 @@ def test_guards_under_deepspeed(steps: Any, name: str, message: str) -> None:
     """What one rank alone has, or sees, stops all of them."""
     for rank in steps[1][name]:
         assert re.match(message, rank["error"] or ""), rank["error"]
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_a_dead_adapter_stops_all_ranks(steps: Any, kind: str) -> None:
+    """In the same step, each naming its own rows; healthy ones go on, pictures on one rank in turn."""
+    message = (
+        r"step 3: the adapter of language_model\S+ is dead, its gradient was 0 in 3 steps, on rows (\S+)"
+    )
+    found = [re.match(message, rank["error"] or "") for rank in steps[1][f"dead-{kind}"]]
+    assert all(found), steps[1][f"dead-{kind}"]
+    assert found[0][1] != found[1][1]  # type: ignore[index]
+    assert [rank["error"] for rank in steps[1][f"alive-{kind}"]] == [None, None]
 
 
 def test_one_rank_keeps_the_records(steps: Any) -> None:
