@@ -201,6 +201,10 @@ ALIGN: dict[str, Any] = MINIMAL["model"]
         ({"train": {"output_dir": ""}}, "train.output_dir: String should have at least 1 character"),
         ({"train": {"output_dir": "o", "bf16": True, "fp16": True}}, "bf16 and fp16 are both true"),
         (
+            {"tune": {"language_model": "qlora"}, "train": {"output_dir": "o", "fsdp": True}},
+            "train.fsdp does not divide weights in 4 bit, .* use .*train.deepspeed=ds_configs/zero2.json",
+        ),
+        (
             {"train": {"output_dir": "o", "max_steps": 0}},
             "train.max_steps: .*greater than or equal to 1, found 0",
         ),

@@ -284,6 +284,21 @@ def test_the_global_batch_is_kept_by_accumulation() -> None:
         both.accumulation(4)
 
 
+def test_dropped_turns_are_counted_on(world: Path, tmp_path: Path) -> None:
+    """Also those of steps between the last log and the save."""
+    options = {"max_steps": 9, "save_steps": 5, "logging_steps": 3}
+    short = {"max_length": 196}
+
+    def dropped(output: Path) -> list[int]:
+        return [line.get("dropped_turns", 0) for line in metrics(output)]
+
+    whole = dropped(train(config(world, tmp_path / "whole", CONNECTOR, short, **options)))
+    train(config(world, tmp_path / "parts", CONNECTOR, short, **{**options, "max_steps": 5}))
+    train(config(world, tmp_path / "parts", CONNECTOR, short, **options, resume="auto"))
+    assert dropped(tmp_path / "parts") == whole
+    assert whole[2] > whole[1] > whole[0], "some in step 4 and 5, and more later"
+
+
 # -- other ranks --------------------------------------------------------------------------------------
 
 
