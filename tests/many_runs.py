@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -89,6 +90,12 @@ class Fault(TrainerCallback):
         if self.kind == "thaw":
             frozen = local_share(next(p for p in model.vision_encoder.parameters() if not p.requires_grad))
             frozen.view(-1).view(torch.int32)[0] ^= 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.kind.startswith("full ") and args.process_index == 0 and state.global_step == 2:
+            disk = Path(args.output_dir).parent
+            size = shutil.disk_usage(disk).free - int(self.kind.removeprefix("full "))
+            (disk / "ballast").write_bytes(b"x" * size)
 
 
 def on_a_slow_disk(publish: Any) -> Any:

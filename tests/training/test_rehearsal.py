@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched import launch_runs
 from runs import make_world, run_config
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -186,3 +188,15 @@ def test_a_disk_that_is_full_at_a_save(world: Path, small_disk: Path, left: int)
     resumed = config.train.model_copy(update={"resume": "auto"})
     output = train(config.model_copy(update={"train": resumed}))
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [100_000, 600_000])
+def test_a_disk_that_is_full_ends_all_ranks(world: Path, small_disk: Path, tmp_path: Path, left: int) -> None:
+    """Whether the first rank cannot write the weights or the optimiser: no rank waits for another."""
+    config = run_config(world, small_disk / "run", FULL, save_steps=1, save_total_limit=1, rehearsal=False)
+    found = launch_runs("torchrun", tmp_path / "found", {"full": config}, {"full": f"full {left}"})["full"]
+    first, second = (rank["error"] or "" for rank in found)
+    assert re.match(r"the disk of .* is full: .*checkpoint-1; make room", first)
+    assert second == f"rank 0 could not save: {first}"
+    assert not (small_disk / "run" / STAGING).exists()
