@@ -76,7 +76,6 @@ class SavingTrainer(Trainer):
         try:
             with self._removed_if_unfinished():
                 super()._save_checkpoint(self.model_wrapped, None)
-                self._meet()
         finally:
             self._staging = None
         return output_dir / STAGING / f"{PREFIX}{self.state.global_step}"
@@ -84,15 +83,15 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A new checkpoint is complete before an old one goes."""
         folder = self.write_aside()
-        best = self._best()
         with self._removed_if_unfinished():
             with self._later():
                 if self.args.should_save:
-                    self._publish(folder, best)
+                    self._publish(folder)
             # Else the others would wait for it within their next step, where a watchdog takes them for stuck.
             self._meet()
+        self._best()
 
-    def _publish(self, folder: Path, best: Path | None) -> None:
+    def _publish(self, folder: Path) -> None:
         output_dir = Path(str(self.args.output_dir))
         if self._launch is None:
             self._launch = next_launch(output_dir)
@@ -103,7 +102,7 @@ class SavingTrainer(Trainer):
             "expected_bytes": self.checkpoint_bytes,
         }
         publish(folder, output_dir, about)
-        rotate(output_dir, self.args.save_total_limit, best)
+        rotate(output_dir, self.args.save_total_limit, self._best())
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
     def _best(self) -> Path | None:
@@ -175,8 +174,10 @@ class SavingTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every rank writes; what follows is rank 0's."""
         with self._later():
             super()._save_rng_state(output_dir)
+        self._meet()
 
     def _plain_model(self) -> PartedModel:
         return self.accelerator.unwrap_model(self.model)
