@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -111,6 +112,9 @@ def on_a_slow_disk(publish: Any) -> Any:
 def run(job: dict[str, Any], folder: Path) -> None:
     config, spy, error = RunConfig.model_validate(job["config"]), Spy(job["fault"] == "look"), None
     callbacks: list[TrainerCallback] = [spy]
+    if job["fault"] == "own disk" and os.environ["RANK"] == "1":
+        own = {"output_dir": f"{config.train.output_dir}-of-rank-1"}
+        config = config.model_copy(update={"train": config.train.model_copy(update=own)})
     if job["fault"] == "slow disk":
         saving.publish = on_a_slow_disk(saving.publish)
     elif job["fault"] not in (None, "look"):

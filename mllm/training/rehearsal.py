@@ -121,7 +121,7 @@ def _check_disk(trainer: SavingTrainer, folder: Path) -> None:
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     trainer.checkpoint_bytes = sum(sizes.values()) + _optimizer_growth(trainer)
     final = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
-    limit, beside = args.save_total_limit, 0
+    limit, beside = trainer.limit, 0
     best = any(isinstance(callback, KeepBest) for callback in trainer.callback_handler.callbacks)
     saves = 2 if best else 0  # the best one stays until a better one is complete
     if args.save_strategy == "steps":

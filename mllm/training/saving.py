@@ -43,6 +43,7 @@ class SavingTrainer(Trainer):
 
     Attributes:
         checkpoint_bytes: what a checkpoint is expected to take on the disk.
+        limit: complete checkpoints that are kept, beside the best; None keeps all.
     """
 
     def __init__(self, *, processor: ProcessorMixin, record: Mapping[str, Any], **kwargs: Any):
@@ -53,6 +54,8 @@ class SavingTrainer(Trainer):
         # Weights and two moments of Adam, until the rehearsal has measured it.
         trained = [p for p in self._plain_model().parameters() if p.requires_grad]
         self.checkpoint_bytes = sum(p.numel() * (p.element_size() + 8) for p in trained)
+        # Of 1 Trainer would make, at the end, that only the best is left, and the last is gone.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._launch: int | None = None
         self._staging: Path | None = None
         self._failure: Exception | None = None
@@ -70,7 +73,7 @@ class SavingTrainer(Trainer):
                 output_dir.mkdir(parents=True, exist_ok=True)
                 if shutil.disk_usage(output_dir).free < self.checkpoint_bytes:
                     # A limit that was lowered because the disk was full; the last complete one stays.
-                    rotate(output_dir, self.args.save_total_limit, self._best())
+                    rotate(output_dir, self.limit, self._best())
         self._meet()  # or the first would remove what another has begun to write
         self._staging = output_dir / STAGING
         try:
@@ -102,7 +105,7 @@ class SavingTrainer(Trainer):
             "expected_bytes": self.checkpoint_bytes,
         }
         publish(folder, output_dir, about)
-        rotate(output_dir, self.args.save_total_limit, self._best())
+        rotate(output_dir, self.limit, self._best())
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
     def _best(self) -> Path | None:
