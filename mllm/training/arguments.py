@@ -160,14 +160,14 @@ def _batch_record(config: RunConfig, rows: int | None) -> dict[str, Any]:
     ranks, size = number_of_ranks(), config.train.per_device_batch_size
     accumulation = config.train.accumulation(ranks)
     together = ranks * size
-    planned = rows is not None and not config.on_pairs
+    steps = None if rows is None or config.on_pairs else steps_of_epoch(rows, ranks, together * accumulation)
     return {
         "ranks": ranks,
         "per_device": size,
         "accumulation": accumulation,
         "global": together * accumulation,
         "contrasted": together if config.on_pairs else None,
-        "steps_per_epoch": steps_of_epoch(rows, ranks, together * accumulation) if planned else None,
+        "steps_per_epoch": steps,
         "engine": engine_of(config.train),
     }
 
