@@ -136,7 +136,7 @@ class GradientWatch:
         return felt
 
     def close(self, names: Iterable[str] | None = None) -> None:
-        """Watch these no more; by default, none."""
+        """Watch these no more; where none are named, nothing more."""
         for name in list(self.silent if names is None else names):
             del self.silent[name]
             if name in self._hooks:
