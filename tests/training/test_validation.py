@@ -233,7 +233,8 @@ def test_a_model_that_looks_passes_and_one_with_a_cut_connector_is_flagged(
         cut = validation.measure(model, Accelerator(cpu=True))
     assert abs(cut["image_gap"]) < 1e-5
     (message,) = flagged(caplog)
-    assert "THE MODEL IGNORES THE IMAGE" in message and "\n" not in message
+    assert "THE MODEL IGNORES THE IMAGE" in message
+    assert "\n" not in message
 
 
 # -- the best checkpoint ----------------------------------------------------------------------------
