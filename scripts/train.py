@@ -25,25 +25,27 @@ def main() -> None:
     from mllm.training.preflight import preflight, table
     from mllm.training.train import train
 
+    code = 0
     try:
         if check:
             report = preflight(load_recipe(arguments[0], arguments[1:]), Asker())
             if os.environ.get("RANK", "0") == "0":  # which has the report of all
                 Console(stderr=True, highlight=False).print(table(report))
-            sys.exit(0 if report.passed else 1)
-        train(arguments[0], arguments[1:], asker=Asker())
+            code = 0 if report.passed else 1
+        else:
+            train(arguments[0], arguments[1:], asker=Asker())
     except (MllmError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    finally:
-        ranks = dist.is_initialized()
-        if ranks:  # or a ZeRO-3 run aborts while the interpreter ends
-            dist.destroy_process_group()
-    if ranks:
-        leave()
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        code = 1
+    if not dist.is_initialized():
+        sys.exit(code)
+    if code == 0:  # else other ranks may wait for this one within a collective, and it would wait for them
+        dist.destroy_process_group()
+    leave(code)
 
 
-def leave() -> None:
-    """End a rank whose run is complete, without taking the interpreter apart.
+def leave(code: int) -> None:
+    """End a rank without taking the interpreter apart.
 
     Now and then a thread of the collectives outlives its group there, which C++ answers with an abort; the
     launcher would then report a failure of a run that has written everything.
@@ -51,7 +53,7 @@ def leave() -> None:
     atexit._run_exitfuncs()  # what trackers and workers have still to do
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":

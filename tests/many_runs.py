@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -10,13 +12,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from mllm.config import RunConfig
 from mllm.errors import MllmError
+from mllm.model.adapters import adapter_layers
 from mllm.training import saving
-from mllm.training.sharded import full_gradient, local_share
+from mllm.training.sharded import local_share
 from mllm.training.train import train
+
+
+def full_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The gradient over all ranks, before clipping; every rank must call.
+
+    Under DeepSpeed it is there between the backward pass and the step, which accelerate does in one call.
+    """
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # ZeRO-3, ZeRO-1 and -2
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 class Spy(TrainerCallback):
@@ -55,12 +72,15 @@ class Spy(TrainerCallback):
 
 
 class Fault(TrainerCallback):
-    """Something that goes wrong on the second rank alone."""
+    """Something that goes wrong in the second step on the second rank alone; or from the first on, on all."""
 
     def __init__(self, kind: str):
         self.kind = kind
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.kind == "dead" and state.global_step == 0:  # one adapter of many sees nothing
+            _, layer = adapter_layers(model.language_model)[3]
+            layer.lora_A["default"].register_forward_hook(lambda module, args, output: output * 0)
         if args.process_index != 1 or state.global_step != 1:
             return
         if self.kind == "stall":
@@ -71,6 +91,12 @@ class Fault(TrainerCallback):
         if self.kind == "thaw":
             frozen = local_share(next(p for p in model.vision_encoder.parameters() if not p.requires_grad))
             frozen.view(-1).view(torch.int32)[0] ^= 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.kind.startswith("full ") and args.process_index == 0 and state.global_step == 2:
+            disk = Path(args.output_dir).parent
+            size = shutil.disk_usage(disk).free - int(self.kind.removeprefix("full "))
+            (disk / "ballast").write_bytes(b"x" * size)
 
 
 def on_a_slow_disk(publish: Any) -> Any:
@@ -86,6 +112,9 @@ def on_a_slow_disk(publish: Any) -> Any:
 def run(job: dict[str, Any], folder: Path) -> None:
     config, spy, error = RunConfig.model_validate(job["config"]), Spy(job["fault"] == "look"), None
     callbacks: list[TrainerCallback] = [spy]
+    if job["fault"] == "own disk" and os.environ["RANK"] == "1":
+        own = {"output_dir": f"{config.train.output_dir}-of-rank-1"}
+        config = config.model_copy(update={"train": config.train.model_copy(update=own)})
     if job["fault"] == "slow disk":
         saving.publish = on_a_slow_disk(saving.publish)
     elif job["fault"] not in (None, "look"):

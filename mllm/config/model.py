@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mllm.config.section import Section
 
@@ -44,7 +44,7 @@ class ModelSection(Section):
     tokenizer: str | None = Field(None, description="default: with the language model")
     image_processor: str | list[str] | None = Field(None, description="default: with the vision encoder")
     instruction_tokenizer: str | None = Field(None, description="of a connector that reads the instruction")
-    connector: dict[str, Any] = Field({"type": "mlp"}, description="type and its arguments")
+    connector: dict[str, Any] = Field({"type": "mlp"}, description="type, or type and its arguments")
     fusion: dict[str, Any] | None = Field(None, description="deep fusion: type and its arguments")
     tiling: dict[str, Any] | None = Field(None, description="images as several views: type and its arguments")
     vision_feature_layer: Layer | list[Layer] = Field(
@@ -70,6 +70,12 @@ class ModelSection(Section):
     def given(self) -> set[str]:
         """The keys that a recipe gives a value; null is none."""
         return {key for key in self.model_fields_set if getattr(self, key) is not None}
+
+    @field_validator("connector", "fusion", "tiling", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A name alone is the type with its default settings."""
+        return {"type": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _possible(self) -> ModelSection:

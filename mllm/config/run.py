@@ -45,6 +45,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _packed_weights_stay_whole(self) -> RunConfig:
+        """FSDP2 leaves weights in 4 bit out, so that nothing is saved; on a GPU they would stay behind."""
+        if self.train.fsdp and self.tune.language_model == "qlora":
+            raise ValueError(
+                "train.fsdp does not divide weights in 4 bit, and tune.language_model is 'qlora'; use "
+                "train.fsdp=false train.deepspeed=ds_configs/zero2.json"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _stream_ends(self) -> RunConfig:
         if self.data.streaming and self.train.max_steps is None:
             raise ValueError("data.streaming: a stream has no end that is known; give train.max_steps")

@@ -184,9 +184,19 @@ def _load_in_4_bit(source: Any, dtype: torch.dtype, options: Mapping[str, Any]) 
         # their scales, and stop where a layer is narrower than a block.
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
+            layer.register_load_state_dict_pre_hook(_without_statistics)
     # `config.json` says what the model is; that it is loaded in 4 bit, the manifest says.
     del model.config.quantization_config
     return model
+
+
+def _without_statistics(layer: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Leave out what bitsandbytes saves beside a weight in 4 bit and cannot load: the layer has it already.
+
+    A strict load, as that of DeepSpeed's checkpoints, would refuse it.
+    """
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
 
 
 def load_text_encoder(source: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -51,11 +51,19 @@ def write_card(checkpoint: str | Path, evaluations: Sequence[str | Path] = (), f
 
 
 def write_card_after_training(checkpoint: Path) -> None:
-    """The card of a run that has ended; one that a person has changed stays."""
-    if is_somebodys(checkpoint / CARD):
-        _log.warning("%s was changed by hand and stays as it is; mllm card --force replaces it", CARD)
-        return
-    write_card(checkpoint)
+    """The card of a run that has ended; one that a person has changed stays.
+
+    By then the model is saved: a card that cannot be written is told of, and costs the run nothing.
+    """
+    try:
+        if is_somebodys(checkpoint / CARD):
+            _log.warning("%s was changed by hand and stays as it is; mllm card --force replaces it", CARD)
+        else:
+            write_card(checkpoint)
+    # A full disk, a record that cannot be read or lacks something, a template engine that is not installed.
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        _log.warning("the model is saved, its card is not (%s); write it with: mllm card %s", why, checkpoint)
 
 
 def is_somebodys(card: Path) -> bool:

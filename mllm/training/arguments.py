@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,13 +18,11 @@ from mllm.config import RunConfig, TrainSection
 from mllm.data.hf import HF
 from mllm.data.mixture import Mixture
 from mllm.data.rows import there_is
-from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
 from mllm.model import packed_attention  # noqa: F401  (registers with transformers)
 from mllm.revision import code_state
-from mllm.training.launch import check_launch
-from mllm.training.resume import PLAIN
+from mllm.training.launch import check_launch, engine_of, number_of_ranks
 
 # Of transformers' forty optimisers, those that people mean.
 OPTIMIZERS = (
@@ -126,12 +122,11 @@ def training_arguments(config: RunConfig, rows: int | None) -> TrainingArguments
             batch that the ranks cannot divide.
     """
     options = config.train
-    # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
-    ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         output_dir=options.output_dir,
         per_device_train_batch_size=options.per_device_batch_size,
-        gradient_accumulation_steps=options.accumulation(ranks),
+        # Needed before there are arguments: DeepSpeed's configuration is filled in while they are made.
+        gradient_accumulation_steps=options.accumulation(number_of_ranks()),
         num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         **_optimization(config),
@@ -222,17 +217,8 @@ def _schedule_settings(options: TrainSection) -> dict[str, Any]:
     return settings
 
 
-def run_record(
-    config: RunConfig, rows: Mixture | RowStream, arguments: TrainingArguments, batches: MicroBatches | None
-) -> dict[str, Any]:
-    """What a checkpoint's manifest says of the run that made it.
-
-    Args:
-        config: of the run.
-        rows: of the run.
-        arguments: Trainer's, which know the ranks.
-        batches: of this rank, where we make them.
-    """
+def run_record(config: RunConfig, rows: Mixture | RowStream) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that made it."""
     data = config.data
     caps = [source.max_rows for source in data.sources]
     order = {"mixing": data.mixing, "grouping": data.grouping, "max_rows": caps, "seed": config.train.seed}
@@ -241,32 +227,30 @@ def run_record(
         "tune": config.tune.model_dump(),
         "data": {"files": rows.record(), "rows": rows.total, **order},
         "train": config.train.model_dump(),
-        "batch": _batch_record(config, arguments, batches),
+        "batch": _batch_record(config, rows.total),
         "recipe": config.model_dump(exclude_unset=True),  # what was said, so that it can be run again
         "code": code_state(),
     }
 
 
-def _batch_record(
-    config: RunConfig, arguments: TrainingArguments, batches: MicroBatches | None
-) -> dict[str, Any]:
+def _batch_record(config: RunConfig, rows: int | None) -> dict[str, Any]:
     """How a step's rows are divided, by what, and how many steps an epoch has."""
-    rows, accumulation = arguments.train_batch_size, arguments.gradient_accumulation_steps
-    together = rows * arguments.world_size
+    ranks, size = number_of_ranks(), config.train.per_device_batch_size
+    accumulation = config.train.accumulation(ranks)
+    together = ranks * size
+    steps = None if rows is None or config.on_pairs else steps_of_epoch(rows, ranks, together * accumulation)
     return {
-        "ranks": arguments.world_size,
-        "per_device": rows,
+        "ranks": ranks,
+        "per_device": size,
         "accumulation": accumulation,
         "global": together * accumulation,
         "contrasted": together if config.on_pairs else None,
-        "steps_per_epoch": None if batches is None else math.ceil(len(batches) / accumulation),
-        "engine": engine_of(arguments),
+        "steps_per_epoch": steps,
+        "engine": engine_of(config.train),
     }
 
 
-def engine_of(arguments: TrainingArguments) -> str:
-    """What divides the optimiser's state among ranks."""
-    if arguments.deepspeed:
-        stage = arguments.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
-        return f"DeepSpeed ZeRO-{stage}"
-    return f"FSDP ({arguments.fsdp})" if arguments.fsdp else PLAIN
+def steps_of_epoch(rows: int, ranks: int, batch: int) -> int:
+    """Optimiser steps of `batch` rows that `MicroBatches` makes of an epoch."""
+    steps, left = divmod(rows, batch)  # fewer rows than ranks join the step before
+    return steps + (left >= ranks or not steps)

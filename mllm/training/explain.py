@@ -19,6 +19,7 @@ from mllm.config import RunConfig, SourceSection
 from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
+from mllm.training.arguments import steps_of_epoch
 from mllm.training.build import open_mixture
 from mllm.training.memory import way_of_run
 from mllm.training.outline import example_batch, outline
@@ -140,9 +141,8 @@ def _steps(config: RunConfig, rows: int, ranks: int) -> int:
     accumulation = options.accumulation(ranks)
     if config.on_pairs:
         an_epoch = max(1, math.ceil(rows // (ranks * options.per_device_batch_size) / accumulation))
-    else:  # fewer rows than ranks join the step before
-        an_epoch, left = divmod(rows, ranks * options.per_device_batch_size * accumulation)
-        an_epoch += left >= ranks or not an_epoch
+    else:
+        an_epoch = steps_of_epoch(rows, ranks, ranks * options.per_device_batch_size * accumulation)
     return math.ceil(an_epoch * options.num_train_epochs)
 
 

@@ -32,43 +32,28 @@ class TrainabilityGuard(TrainerCallback):
         """Note checksums of the frozen tensors, and the parts that must get gradients."""
         named = list(model.named_parameters())
         self.frozen = {name: checksum(local_share(p)) for name, p in named if not p.requires_grad}
-        trainable = [(name, p) for name, p in named if p.requires_grad]
-        self.parts, self.heard, self.steps = {part_of(name) for name, _ in trainable}, set(), 0
-        self.watch = None
+        self.parts = {part_of(name) for name, p in named if p.requires_grad}
+        self.heard, self.steps, self.watch = set(), 0, None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Watch the first steps' gradients: DeepSpeed steps and clears them before the next callback."""
-        if args.deepspeed and self.steps == 0:  # and not before: the longest rows are tried behind the start
-            self.watch = GradientWatch((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        """Begin to watch, and not before: the longest rows are tried behind the start."""
+        if self.steps == 0:
+            trainable = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+            self.watch = GradientWatch(trainable, bool(args.deepspeed))
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the gradients of the first steps."""
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.steps += 1
-        if self.steps == 1 and (without := on_any_rank(self._without(trainable))):
+        if self.steps > PATIENCE or self.watch is None:
+            return
+        self.heard |= {part_of(name) for name in self.watch.take()}
+        if self.steps == 1 and (without := on_any_rank(self.watch.without)):
             raise TrainingStoppedError(f"{without[0]} is declared trainable and gets no gradient")
-        if self.steps <= PATIENCE:
-            self.heard |= {part_of(name) for name in self._felt(trainable)}
         if self.steps == PATIENCE:
+            self.watch.close()
             self._refuse_silence()
 
-    def _without(self, trainable: list[tuple[str, torch.Tensor]]) -> set[str]:
-        if self.watch is not None:
-            return self.watch.without
-        return {name for name, p in trainable if p.grad is None}
-
-    def _felt(self, trainable: list[tuple[str, torch.Tensor]]) -> set[str]:
-        """Parameters with a gradient other than zero, on this rank."""
-        if self.watch is not None:
-            return self.watch.take()
-        unheard = [(name, p.grad) for name, p in trainable if part_of(name) not in self.heard]
-        return {name for name, gradient in unheard if gradient is not None and local_share(gradient).any()}
-
     def _refuse_silence(self) -> None:
-        if self.watch is not None:
-            self.watch.close()
         if silent := sorted(self.parts - set(on_any_rank(self.heard))):
             raise TrainingStoppedError(
                 f"{silent[0]} is declared trainable and all its gradients were zero for "

@@ -10,18 +10,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers.integrations import unset_hf_deepspeed_config
 
 from mllm.config import TrainSection
 from mllm.errors import ConfigError
+from mllm.training.resume import PLAIN
 
 # What accelerate's own configuration sets, and accelerate itself for a run; and the recipe's key for it.
 DECIDED_HERE = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_FSDP": "fsdp"}
 
 
+def number_of_ranks() -> int:
+    """How many processes train together, also before they have met."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def engine_of(options: TrainSection) -> str:
+    """What divides the optimiser's state among ranks."""
+    if options.deepspeed:
+        zero = _read_settings(Path(options.deepspeed)).get("zero_optimization", {})
+        return f"DeepSpeed ZeRO-{zero.get('stage', 0)}"
+    return f"FSDP ({options.fsdp})" if options.fsdp else PLAIN
+
+
 def check_launch(options: TrainSection) -> None:
     """Raise `ConfigError` where the launcher, DeepSpeed's file or a missing package stands in the way."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = number_of_ranks()
     for variable, key in DECIDED_HERE.items():
         if os.environ.get(variable, "false").lower() == "true" and not getattr(options, key):
             raise ConfigError(
@@ -45,6 +60,12 @@ def check_launch(options: TrainSection) -> None:
             "train.deepspeed needs a launcher; start with: deepspeed --num_gpus N scripts/train.py RECIPE, "
             "or train without it: train.deepspeed=null"
         )
+    for section in ("optimizer", "scheduler"):
+        if section in settings:  # which would take the place of ours, with one rate for all parts
+            raise ConfigError(
+                f"{options.deepspeed}: {section!r} is decided by the recipe (train.optim, "
+                "train.learning_rates, train.lr_scheduler_type); remove it from the file"
+            )
     zero = settings.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ConfigError(

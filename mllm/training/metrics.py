@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
 from mllm.data.files import write_atomic
+
+logger = logging.getLogger(__name__)
 
 # What `loss.png` shows of a run: the key of a log, what it is called there, and how its line is drawn.
 LOSSES = {
@@ -29,9 +32,9 @@ class MetricsLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start a new file, or cut a resumed run's file back to the step it resumes from."""
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            text = "".join(json.dumps(line) + "\n" for line in kept if state.global_step)
-            write_atomic(self.path, text)
+            lines = read_metrics(self.path) if state.global_step else []
+            kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= state.global_step]
+            write_atomic(self.path, "".join(kept))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -43,11 +46,15 @@ class MetricsLog(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw `loss.png` and `speed.png`."""
-        if state.is_world_process_zero:
+        """Draw `loss.png` and `speed.png`; the model is not saved yet, so nothing here may end the run."""
+        if not state.is_world_process_zero:
+            return
+        try:
             lines = read_metrics(self.path)
             plot_losses({self.path.parent.name: lines}, self.path.with_name("loss.png"))
             plot_speed(lines, self.path.with_name("speed.png"))
+        except (OSError, ValueError, ImportError) as error:  # a full disk, a broken file, no matplotlib
+            logger.warning("no curves are drawn of %s (%s: %s)", self.path, type(error).__name__, error)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -27,7 +28,7 @@ from mllm.errors import CheckpointError, ConfigError, MllmError, TrainingStopped
 from mllm.model.checkpoint import load_model, read_manifest
 from mllm.training.aside import generators_kept
 from mllm.training.saving import SavingTrainer, amount
-from mllm.training.snapshots import STAGING, complete_snapshots
+from mllm.training.snapshots import STAGING, complete_snapshots, files_of_all
 from mllm.training.validation import KeepBest
 
 
@@ -72,9 +73,11 @@ def rehearse(trainer: SavingTrainer) -> None:
 def _problem(trainer: SavingTrainer, folder: Path) -> str | None:
     """What is wrong with a checkpoint that was just written, in one line; None if nothing."""
     try:
+        if trainer.args.save_strategy != "no":
+            files_of_all(folder, trainer.args.world_size)
         _compare(trainer, folder)
         _check_disk(trainer, folder)
-    except MllmError as error:
+    except (MllmError, OSError, SafetensorError) as error:
         return f"rehearsal of a save: {error}"
     return None
 
@@ -118,7 +121,7 @@ def _check_disk(trainer: SavingTrainer, folder: Path) -> None:
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     trainer.checkpoint_bytes = sum(sizes.values()) + _optimizer_growth(trainer)
     final = sum(size for path, size in sizes.items() if path.suffix == ".safetensors")
-    limit, beside = args.save_total_limit, 0
+    limit, beside = trainer.limit, 0
     best = any(isinstance(callback, KeepBest) for callback in trainer.callback_handler.callbacks)
     saves = (limit or 1) + 1 if best else 0  # the best one stays until a better one is complete
     if args.save_strategy == "steps":

@@ -6,16 +6,16 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import load_fsdp_model, set_seed
+from accelerate.utils import gather_object, load_fsdp_model, set_seed
 from safetensors import SafetensorError
 from transformers import ProcessorMixin, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from mllm.errors import TrainingStoppedError
+from mllm.errors import MllmError, TrainingStoppedError
 from mllm.model.checkpoint import restore, save
 from mllm.model.parted import PartedModel
 from mllm.model.probe import probe
@@ -43,6 +43,7 @@ class SavingTrainer(Trainer):
 
     Attributes:
         checkpoint_bytes: what a checkpoint is expected to take on the disk.
+        limit: complete checkpoints that are kept, beside the best; None keeps all.
     """
 
     def __init__(self, *, processor: ProcessorMixin, record: Mapping[str, Any], **kwargs: Any):
@@ -53,8 +54,11 @@ class SavingTrainer(Trainer):
         # Weights and two moments of Adam, until the rehearsal has measured it.
         trained = [p for p in self._plain_model().parameters() if p.requires_grad]
         self.checkpoint_bytes = sum(p.numel() * (p.element_size() + 8) for p in trained)
+        # Of 1 Trainer would make, at the end, that only the best is left, and the last is gone.
+        self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         self._launch: int | None = None
         self._staging: Path | None = None
+        self._failure: Exception | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """Where Trainer lays checkpoints and removes old ones; while one is written, a place of its own."""
@@ -63,30 +67,32 @@ class SavingTrainer(Trainer):
     def write_aside(self) -> Path:
         """Write a checkpoint, by all ranks, where nobody takes it for one; returns its place."""
         output_dir = Path(str(self.args.output_dir))
-        if self.args.should_save:
-            shutil.rmtree(output_dir / STAGING, ignore_errors=True)
-            output_dir.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(output_dir).free < self.checkpoint_bytes:
-                # A limit that was lowered because the disk was full; the last complete one stays.
-                rotate(output_dir, self.args.save_total_limit)
-        self.accelerator.wait_for_everyone()  # or the first would remove what another has begun to write
+        with self._later():
+            if self.args.should_save:
+                shutil.rmtree(output_dir / STAGING, ignore_errors=True)
+                output_dir.mkdir(parents=True, exist_ok=True)
+                if shutil.disk_usage(output_dir).free < self.checkpoint_bytes:
+                    # A limit that was lowered because the disk was full; the last complete one stays.
+                    rotate(output_dir, self.limit, self._best())
+        self._meet()  # or the first would remove what another has begun to write
         self._staging = output_dir / STAGING
         try:
             with self._removed_if_unfinished():
                 super()._save_checkpoint(self.model_wrapped, None)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()
         return output_dir / STAGING / f"{PREFIX}{self.state.global_step}"
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """A new checkpoint is complete before an old one goes."""
         folder = self.write_aside()
+        with self._removed_if_unfinished():
+            with self._later():
+                if self.args.should_save:
+                    self._publish(folder)
+            # Else the others would wait for it within their next step, where a watchdog takes them for stuck.
+            self._meet()
         self._best()
-        if self.args.should_save:
-            self._publish(folder)
-        # Else the others would wait for it within their next step, where a watchdog takes them for stuck.
-        self.accelerator.wait_for_everyone()
 
     def _publish(self, folder: Path) -> None:
         output_dir = Path(str(self.args.output_dir))
@@ -98,9 +104,8 @@ class SavingTrainer(Trainer):
             "ranks": self.args.world_size,
             "expected_bytes": self.checkpoint_bytes,
         }
-        with self._removed_if_unfinished():
-            publish(folder, output_dir, about)
-        rotate(output_dir, self.args.save_total_limit, self._best())
+        publish(folder, output_dir, about)
+        rotate(output_dir, self.limit, self._best())
         shutil.rmtree(output_dir / STAGING, ignore_errors=True)
 
     def _best(self) -> Path | None:
@@ -122,30 +127,60 @@ class SavingTrainer(Trainer):
                 shutil.rmtree(output_dir / STAGING, ignore_errors=True)
                 raise
 
+    @contextmanager
+    def _later(self) -> Iterator[None]:
+        """An error of what this rank does alone waits until all `_meet`: they would wait for it for ever."""
+        try:
+            with full_disk_stops(Path(str(self.args.output_dir)), self.checkpoint_bytes):
+                yield
+        except (OSError, RuntimeError, SafetensorError, MllmError) as error:
+            self._failure = self._failure or error
+
+    def _meet(self) -> None:
+        """Wait for all ranks; what has failed on one of them is raised on all."""
+        own, self._failure = self._failure, None
+        texts = gather_object([own and " ".join(f"{own}".split())])
+        if own is not None:
+            raise own
+        if failed := [(rank, text) for rank, text in enumerate(texts) if text is not None]:
+            raise TrainingStoppedError("rank {} could not save: {}".format(*failed[0]))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a whole checkpoint of ours; the probe is computed by every rank, or ZeRO-3 would hang."""
         self.probe = probe(self._plain_model())
         if self.is_fsdp_enabled and self.args.bf16:
             self.probe["dtype"] = "bfloat16"  # of the arithmetic; the weights are in float32
-        with full_disk_stops(Path(str(self.args.output_dir)), self.checkpoint_bytes):
-            if self.is_fsdp_enabled:
-                self._save(output_dir, full_state(self._plain_model(), keep=self.args.should_save))
-            else:
-                super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled:
+            self._save(output_dir, full_state(self._plain_model(), keep=self.args.should_save))
+        else:
+            super().save_model(output_dir, _internal_call)
+        self._meet()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # every rank calls, one writes
             return
-        record = {**self.record, "step": self.state.global_step}
-        save(
-            self._plain_model(),
-            self.processor,
-            Path(output_dir or str(self.args.output_dir)),
-            record=record,
-            # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
-            state_dict=own_storage(state_dict) if state_dict else None,
-            probed=self.probe,
-        )
+        with self._later():
+            save(
+                self._plain_model(),
+                self.processor,
+                Path(output_dir or str(self.args.output_dir)),
+                record={**self.record, "step": self.state.global_step},
+                # With ZeRO-3 the model holds empty shells; the gathered tensors come from the caller.
+                state_dict=own_storage(state_dict) if state_dict else None,
+                probed=self.probe,
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """By one rank; where it is divided all write, in step with each other, and an error ends this one."""
+        together = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        with nullcontext() if together else self._later():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every rank writes; what follows is rank 0's."""
+        with self._later():
+            super()._save_rng_state(output_dir)
+        self._meet()
 
     def _plain_model(self) -> PartedModel:
         return self.accelerator.unwrap_model(self.model)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
@@ -88,19 +87,6 @@ def own_storage(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return owned
 
 
-def full_gradient(parameter: torch.Tensor) -> torch.Tensor | None:
-    """The gradient over all ranks, before clipping; every rank must call.
-
-    Under DeepSpeed it is there between the backward pass and the step, which accelerate does in one call.
-    """
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # ZeRO-3, ZeRO-1 and -2
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter)
-    gradient = parameter.grad
-    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-
-
 def on_any_rank(names: Iterable[str]) -> list[str]:
     """Those that at least one rank has found, sorted; every rank must call, and all get the same."""
     found = set(names)
@@ -112,36 +98,46 @@ def on_any_rank(names: Iterable[str]) -> list[str]:
 
 
 class GradientWatch:
-    """Which parameters get gradients, seen in the backward pass itself: no engine can hide them there.
+    """Which parameters get gradients other than zero, as far as this rank sees it.
+
+    DeepSpeed steps and clears gradients before anybody can look; there they are seen in the backward pass.
 
     Args:
         named: the trained parameters.
+        in_backward: look there, instead of at what a backward pass has left.
+
+    Attributes:
+        without: names of those that have had no gradient, not even zero.
     """
 
-    def __init__(self, named: Iterable[tuple[str, torch.Tensor]]):
-        self.without: set[str] = set()
+    def __init__(self, named: Iterable[tuple[str, torch.Tensor]], in_backward: bool):
+        self.silent = dict(named)  # those that are still watched
+        self.without = set(self.silent)
         self._felt: dict[str, torch.Tensor] = {}  # flags stay on the device, so that nothing waits for them
-        self._hooks: dict[str, RemovableHandle] = {}
-        for name, parameter in named:
-            self.without.add(name)
-            # With ZeRO-3 DeepSpeed's own hook must be there: of an empty shell, gradients would be empty too.
-            self._hooks[name] = parameter.register_hook(partial(self._see, name))
+        # With ZeRO-3 DeepSpeed's own hook must be there: of an empty shell, gradients would be empty too.
+        watched = self.silent.items() if in_backward else ()
+        self._hooks = {name: tensor.register_hook(partial(self._see, name)) for name, tensor in watched}
 
     def _see(self, name: str, gradient: torch.Tensor) -> None:
         self.without.discard(name)
-        felt = gradient.any()
+        felt = local_share(gradient).any()
         self._felt[name] = self._felt[name] | felt if name in self._felt else felt
 
     def take(self) -> set[str]:
         """Those with a gradient other than zero since the last call; they are watched no more."""
-        felt = {name for name, flag in self._felt.items() if flag}
+        if not self._hooks:
+            for name, parameter in self.silent.items():
+                if parameter.grad is not None:
+                    self._see(name, parameter.grad)
+        flags = torch.stack([*self._felt.values()]).tolist() if self._felt else []
+        felt = {name for name, flag in zip(self._felt, flags, strict=True) if flag}
         self._felt.clear()
-        for name in felt:
-            self._hooks.pop(name).remove()
+        self.close(felt)
         return felt
 
-    def close(self) -> None:
-        """Take all hooks away."""
-        for hook in self._hooks.values():
-            hook.remove()
-        self._hooks.clear()
+    def close(self, names: Iterable[str] | None = None) -> None:
+        """Watch these no more; where none are named, nothing more."""
+        for name in list(self.silent if names is None else names):
+            del self.silent[name]
+            if name in self._hooks:
+                self._hooks.pop(name).remove()

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,7 @@ def publish(folder: Path, output_dir: Path, about: Mapping[str, Any]) -> Path:
     Raises:
         CheckpointError: the files of some rank are not there.
     """
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    states = [name for name in files if name.startswith("rng_state")]
-    if len(states) != about["ranks"] or not {TRAINER_STATE_NAME, MANIFEST} <= set(files):
-        raise CheckpointError(
-            f"{folder}: {len(states)} of {about['ranks']} ranks have written their part; train.output_dir "
-            "must be on storage that all nodes share"
-        )
+    files = files_of_all(folder, about["ranks"])
     for path in files.values():
         sync(path)
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -70,6 +65,28 @@ def publish(folder: Path, output_dir: Path, about: Mapping[str, Any]) -> Path:
     folder.rename(place)
     sync(output_dir)
     return place
+
+
+def files_of_all(folder: Path, ranks: int, patience: float = 30) -> dict[str, Path]:
+    """By name, the files of a checkpoint that all ranks have written.
+
+    NFS shows what another node has written up to `patience` seconds later.
+
+    Raises:
+        CheckpointError: the files of some rank are not there.
+    """
+    until = time.monotonic() + patience
+    while True:
+        files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        states = [name for name in files if name.startswith("rng_state")]
+        if len(states) == ranks and {TRAINER_STATE_NAME, MANIFEST} <= set(files):
+            return files
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{folder}: {len(states)} of {ranks} ranks have written their part; train.output_dir must be "
+                "on storage that all nodes share"
+            )
+        time.sleep(0.5)
 
 
 def sync(path: Path) -> None:

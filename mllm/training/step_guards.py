@@ -22,7 +22,7 @@ from mllm.data.files import write_atomic
 from mllm.errors import TrainingStoppedError
 from mllm.model.adapters import adapted_layer, is_adapter
 from mllm.model.checkpoint import part_of
-from mllm.training.sharded import local_share, on_any_rank
+from mllm.training.sharded import GradientWatch, local_share, on_any_rank
 from mllm.training.steps import MicroBatch, StepLog
 
 PATIENCE = 3  # steps that a fault may last which one step does not prove
@@ -131,36 +131,36 @@ class AdapterGuard(TrainerCallback):
     """Stops where an adapter is dead: it gets a gradient, and that is exactly zero from the first step on.
 
     A scale of 0, an input that is detached or an output that nobody uses look like this. In front of the
-    language model only steps with a picture count.
+    language model only steps with a picture count. One rank may hold no share of an adapter, or have no
+    picture: what one of them has seen counts for all, so that they stop together.
     """
 
     def __init__(self, steps: StepLog) -> None:
         self.steps = steps
         self.silent: set[str] = set()
         self.looked: Counter[str] = Counter()
+        self.watch: GradientWatch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note the adapted layers that must get gradients."""
-        learning = (name for name, p in model.named_parameters() if p.requires_grad and is_adapter(name))
-        sharded = args.deepspeed or args.fsdp_plugin_args  # `TrainabilityGuard` sees the whole part there
-        self.silent = set() if sharded else {adapted_layer(name) for name in learning}
+        self.silent = {adapted_layer(name) for name, _ in _adapters(model)}
         self.looked.clear()
+        self.watch = None
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Begin to watch, and not before: the longest rows are tried behind the start."""
+        if self.silent and self.watch is None:
+            self.watch = GradientWatch(_adapters(model), bool(args.deepspeed))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let go of the layers whose adapter has a gradient; stop when one has had none for long enough."""
-        if not self.silent:
+        if not self.silent or self.watch is None:
             return
-        found = [
-            (adapted_layer(name), grad.abs().max())
-            for name, grad in trained_gradients(model)
-            if is_adapter(name) and adapted_layer(name) in self.silent
-        ]
-        if found:
-            largest = torch.stack([size.float() for _, size in found]).tolist()
-            self.silent -= {layer for (layer, _), size in zip(found, largest, strict=True) if size}
-        pictures = any(count.views for count in self.steps.counts)
+        self.silent -= {*on_any_rank(adapted_layer(name) for name in self.watch.take())}
+        if not self.silent:
+            self.watch.close()
+            return
+        pictures = on_any_rank({"a picture" for count in self.steps.counts if count.views}) != []
         for part in {part_of(layer) for layer in self.silent}:
             self.looked[part] += part == "language_model" or pictures
         dead = sorted(layer for layer in self.silent if self.looked[part_of(layer)] >= PATIENCE)
@@ -169,6 +169,13 @@ class AdapterGuard(TrainerCallback):
             cause = f"the adapter of {dead[0]}{beside} is dead, its gradient was 0 in {PATIENCE} steps,"
             fix = "check its scale (tune.lora.alpha) and that its output is used, or freeze the part"
             stop(self.steps, args, state, cause, fix)
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The tensors of PEFT's adapters that learn."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and is_adapter(name):
+            yield name, parameter
 
 
 class OptimizerGuard(TrainerCallback):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from mllm.data.collator import RowCount
 from mllm.data.tokens import IGNORE
@@ -35,21 +37,35 @@ def model_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, An
 
 
 @dataclass
-class StepLog:
+class StepLog(TrainerCallback, ExportableState):
     """The micro-batches of the step that is being made on this rank.
+
+    As a callback it only counts on in a resumed run: its state goes into the Trainer's own state file.
 
     Attributes:
         micro_batches: since the step began.
         waited: seconds that the step waited for the loader.
         norm: of all gradients, where the engine has stepped before a guard can look at them (DeepSpeed).
-        dropped_turns: in all batches since the run began.
+        dropped_turns: in all batches of this rank since the run began; rank 0 has those of before a resume.
+        dropped_everywhere: the same on all ranks together, for the state file.
     """
 
     micro_batches: list[MicroBatch] = field(default_factory=list)
     waited: float = 0.0
     norm: float | None = None
     dropped_turns: int = 0
+    dropped_everywhere: int = 0
     began: float = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count on from the checkpoint that the run is resumed from."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved and state.is_world_process_zero:
+            self.dropped_turns = saved["attributes"]["dropped_everywhere"]
+
+    def state(self) -> dict[str, Any]:
+        """As the Trainer's state file has it."""
+        return {"args": {}, "attributes": {"dropped_everywhere": self.dropped_everywhere}}
 
     def begin(self) -> None:
         """A step begins with fetching its rows."""

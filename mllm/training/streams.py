@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from mllm.config import DataSection
 from mllm.data.streaming import Position, RowStream, StreamBatches
 from mllm.errors import ConfigError
+from mllm.training.launch import number_of_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,9 @@ class StreamPosition(TrainerCallback, ExportableState):
     It goes into the Trainer's own state file, which is written last: a checkpoint has it, or is none.
     """
 
-    def __init__(self, width: int):
-        self.done = 0
-        self.positions: list[dict[str, int] | None] = [None] * width
+    def __init__(self, width: int, done: int = 0, positions: list[dict[str, int] | None] | None = None):
+        self.done = done
+        self.positions: list[dict[str, int] | None] = positions or [None] * width
         self.of_ranks: list[dict[str, Any]] = []
 
     def note(self, position: tuple[int, dict[str, int]]) -> None:
@@ -51,9 +52,14 @@ class StreamPosition(TrainerCallback, ExportableState):
 
 
 def stream_batches(
-    stream: RowStream, collator: Any, args: TrainingArguments
+    stream: RowStream, collator: Any, args: TrainingArguments, saved: list[dict[str, Any]] | None = None
 ) -> tuple[StreamBatches, StreamPosition]:
-    """This rank's batches from the beginning, and what keeps the position in them."""
+    """This rank's batches and what keeps the position in them; from the beginning, or from where ranks were.
+
+    `saved` is of `saved_positions`.
+    """
+    own: dict[str, Any] = saved[args.process_index] if saved else {}
+    position = StreamPosition(max(1, args.dataloader_num_workers), **own)
     batches = StreamBatches(
         stream,
         collator,
@@ -61,6 +67,8 @@ def stream_batches(
         args.process_index,
         args.world_size,
         args.dataloader_num_workers,
+        [Position(**at) if at else Position() for at in position.positions],
+        position.done,
     )
     if args.should_save and not stream.by_files(batches.lanes):
         logger.warning(
@@ -70,31 +78,24 @@ def stream_batches(
             stream.files,
             batches.lanes,
         )
-    return batches, StreamPosition(batches.width)
+    return batches, position
 
 
-def take_up(batches: StreamBatches, position: StreamPosition, checkpoint: Path) -> None:
-    """Go on from where a checkpoint's run was.
+def saved_positions(checkpoint: str, workers: int) -> list[dict[str, Any]]:
+    """Where each rank of a checkpoint's run was: `{"done": batches, "positions": of each worker}`.
 
     Raises:
-        ConfigError: the checkpoint is of other ranks or workers, who divide the rows otherwise.
+        ConfigError: it is of other ranks or workers, who divide the rows otherwise.
     """
-    saved = _saved(checkpoint, batches.ranks, batches.width)[batches.rank]
-    position.done, position.positions = saved["done"], saved["positions"]
-    batches.done = position.done
-    batches.positions = [Position(**at) if at else Position() for at in position.positions]
-
-
-def _saved(checkpoint: Path, ranks: int, width: int) -> list[dict[str, Any]]:
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     kept = state.get("stateful_callbacks", {}).get(StreamPosition.__name__)
     if not kept or not kept["attributes"]["of_ranks"]:
         raise ConfigError(f"train.resume: {checkpoint} has no position in a stream; set data.streaming=false")
     found: list[dict[str, Any]] = kept["attributes"]["of_ranks"]
-    had = (len(found), len(found[0]["positions"]))
-    if had != (ranks, width):
+    had, here = (len(found), len(found[0]["positions"])), (number_of_ranks(), max(1, workers))
+    if had != here:
         raise ConfigError(
             f"train.resume: {checkpoint} is of a stream over {had[0]} ranks with {had[1]} workers each, here "
-            f"are {ranks} with {width}; go on with the same, or read without data.streaming"
+            f"are {here[0]} with {here[1]}; go on with the same, or read without data.streaming"
         )
     return found

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 
 from mllm.config import RunConfig, load_recipe
 from mllm.data.lengths import Lengths
 from mllm.data.mixture import Mixture
 from mllm.data.packing import check_packing
+from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
 from mllm.publish.card import write_card_after_training
@@ -23,7 +25,7 @@ from mllm.training.arguments import check_options, run_record, training_argument
 from mllm.training.asking import Asking, Asks
 from mllm.training.batches import make_collator, micro_batches
 from mllm.training.build import build, open_mixture
-from mllm.training.callbacks import eyes_of, guards_of, known_lengths, length_line, trials_of
+from mllm.training.callbacks import Known, eyes_of, guards_of, known_lengths, length_line, trials_of
 from mllm.training.eyes import QuietProgress
 from mllm.training.failures import told_in_one_line
 from mllm.training.feature_cache import cached_features
@@ -35,10 +37,10 @@ from mllm.training.sharded import fsdp_settings
 from mllm.training.snapshots import clean, complete_snapshots
 from mllm.training.speed import packed_implementation, speed_up
 from mllm.training.steps import StepLog
-from mllm.training.streams import open_stream, stream_batches, take_up
+from mllm.training.streams import StreamPosition, open_stream, saved_positions, stream_batches
 from mllm.training.trainer import MllmTrainer
 from mllm.training.tuning import PartReport, apply_tuning, part_rates, tuning_table, upcast_trained
-from mllm.training.validation import open_validation
+from mllm.training.validation import Validation, open_validation
 from mllm.training.watchdog import Progress, Watchdog
 
 
@@ -71,78 +73,66 @@ def train(
         return _train(config, callbacks, asker)
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """The model as it will be trained, its processor, what of it learns, and how fast each part."""
+
+    model: Any
+    processor: Any
+    reports: list[PartReport]
+    rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What comes to the model.
+
+    Attributes:
+        dataset: what the loader reads.
+        batches: which rows each batch has; None leaves it to the Trainer, or to a stream.
+        position: in a stream.
+        feeder: makes the batches, of features that were computed before where the recipe says so.
+        known: rows whose lengths were measured.
+        validation: what is measured beside; it takes pixels, which it blanks and shuffles.
+    """
+
+    dataset: Any
+    batches: MicroBatches | None
+    position: StreamPosition | None
+    feeder: Any
+    known: Known
+    validation: Validation | None
+
+
 def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks | None) -> Path:
     options, folder = config.train, Path(config.train.output_dir)
     torch.manual_seed(options.seed)  # the connector's first weights
     rows = (open_stream if config.data.streaming else open_mixture)(config.data, options.seed)
+    record = run_record(config, rows)
+    # What cannot go on is told here, before minutes of loading.
+    checkpoint = last_checkpoint(folder, options.resume, record)
+    positions = (
+        saved_positions(checkpoint, options.num_workers) if checkpoint and config.data.streaming else None
+    )
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.
-    model, processor, reports = _tuned(config)
-    rates = part_rates(reports, options)
-    collator = make_collator(config, processor)
-    arguments = training_arguments(config, rows.total)
-    if options.fsdp:
-        arguments.fsdp_plugin_args |= fsdp_settings(model, torch.bfloat16 if options.bf16 else torch.float32)
-    dataset: Any = rows
-    batches = position = None
-    if isinstance(rows, RowStream):
-        dataset, position = stream_batches(rows, collator, arguments)
-    else:
-        batches = micro_batches(config, arguments, model, rows, collator)
-    record = run_record(config, rows, arguments, batches)
-    known = known_lengths(batches, rows, collator, options.per_device_batch_size)
-    validation = open_validation(config, collator)
-    feeder = collator  # validation, which blanks and shuffles pictures, takes pixels
-    if config.data.feature_cache:
-        feeder = collator.with_features(cached_features(config, arguments, model, processor, rows))
-    steps, progress = StepLog(), Progress()
+    tuned = _tuned(config)
+    arguments = _arguments(config, rows, tuned.model)
+    feed = _feed(config, rows, tuned, arguments, positions)
     watchdog = Watchdog(
-        progress, folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
+        Progress(), folder, options.watchdog_seconds, arguments.process_index, arguments.world_size
     )
-    trainer = MllmTrainer(
-        model=model,
-        args=arguments,
-        batches=batches,
-        stream=position,
-        train_dataset=dataset,
-        eval_dataset=validation and validation.rows,
-        data_collator=feeder,
-        processor=processor,
-        rates=rates,
-        record=record,
-        steps=steps,
-        progress=progress,
-        eyes=eyes_of(config, model, rows, steps),
-        validation=validation,
-        callbacks=[
-            watchdog,  # first: what others do behind a step, as asking questions, may take its time
-            *guards_of(config, model, rates, steps),
-            *trials_of(config, feeder, batches, known),
-            *callbacks,
-        ],
-    )
+    bar = QuietProgress()
+    trainer = _trainer(config, rows, tuned, feed, arguments, record, watchdog, callbacks)
     if options.rehearsal:
         trainer.add_callback(Rehearsal(trainer))
     if config.eval is not None and asker is not None:
-        trainer.add_callback(Asking(config.eval, asker, processor, trainer.log))
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    bar = QuietProgress()
+        trainer.add_callback(Asking(config.eval, asker, tuned.processor, trainer.log))
     trainer.add_callback(bar)
+    checkpoint = agreed(checkpoint)
     if trainer.is_world_process_zero():
-        _announce(config, rows, known.lengths)
-        Console(stderr=True).print(tuning_table(reports, rates))
+        _announce(config, rows, tuned, feed.known.lengths, checkpoint)
         clean(folder)
-    checkpoint = agreed(last_checkpoint(folder, options.resume, record))
-    if trainer.is_world_process_zero() and checkpoint:
-        Console(stderr=True).print(f"resuming from {checkpoint}")
-    elif trainer.is_world_process_zero() and (earlier := complete_snapshots(folder)):
-        Console(stderr=True).print(
-            f"[bold]starting anew[/]: {earlier[-1]} is of an earlier start, and this one writes over what it "
-            "left; to go on from it, stop now and give train.resume=auto"
-        )
-    if position is not None and checkpoint:
-        take_up(dataset, position, Path(checkpoint))
     # Warnings are written above the bar, not into it.
     with closing(watchdog), told_in_one_line(options), logging_redirect_tqdm(), closing(bar):
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -152,8 +142,8 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
     return folder
 
 
-def _tuned(config: RunConfig) -> tuple[Any, Any, list[PartReport]]:
-    """The model as it will be trained, its processor, and what of it learns."""
+def _tuned(config: RunConfig) -> Tuned:
+    """Build, tune, and choose the kernels."""
     options = config.train
     model: Any
     processor: Any
@@ -166,11 +156,87 @@ def _tuned(config: RunConfig) -> tuple[Any, Any, list[PartReport]]:
     if options.deepspeed is None:  # DeepSpeed keeps its own float32 master weights
         upcast_trained(model, config.tune)
     speed_up(model, options)
-    return model, processor, reports
+    return Tuned(model, processor, reports, part_rates(reports, options))
 
 
-def _announce(config: RunConfig, rows: Mixture | RowStream, lengths: Lengths | None) -> None:
-    """Say what the run learns from, how much each data set gives, and how much of it does not fit."""
+def _arguments(config: RunConfig, rows: Mixture | RowStream, model: Any) -> TrainingArguments:
+    """Hugging Face's arguments, with what FSDP2 has to know of this model."""
+    arguments = training_arguments(config, rows.total)
+    if config.train.fsdp:
+        compute = torch.bfloat16 if config.train.bf16 else torch.float32
+        arguments.fsdp_plugin_args |= fsdp_settings(model, compute)
+    return arguments
+
+
+def _feed(
+    config: RunConfig,
+    rows: Mixture | RowStream,
+    tuned: Tuned,
+    arguments: TrainingArguments,
+    positions: list[dict[str, Any]] | None,
+) -> Feed:
+    """This rank's batches; of a stream from the `positions` on that a checkpoint has."""
+    collator = feeder = make_collator(config, tuned.processor)
+    dataset: Any = rows
+    batches = position = None
+    if isinstance(rows, RowStream):
+        dataset, position = stream_batches(rows, collator, arguments, positions)
+    else:
+        batches = micro_batches(config, arguments, tuned.model, rows, collator)
+    known = known_lengths(batches, rows, collator, config.train.per_device_batch_size)
+    validation = open_validation(config, collator)  # before the cache: a missing file is told at once
+    if config.data.feature_cache:
+        features = cached_features(config, arguments, tuned.model, tuned.processor, rows)
+        feeder = collator.with_features(features)
+    return Feed(dataset, batches, position, feeder, known, validation)
+
+
+def _trainer(
+    config: RunConfig,
+    rows: Mixture | RowStream,
+    tuned: Tuned,
+    feed: Feed,
+    arguments: TrainingArguments,
+    record: dict[str, Any],
+    watchdog: Watchdog,
+    callbacks: Sequence[TrainerCallback],
+) -> MllmTrainer:
+    steps = StepLog()
+    trainer = MllmTrainer(
+        model=tuned.model,
+        args=arguments,
+        batches=feed.batches,
+        stream=feed.position,
+        train_dataset=feed.dataset,
+        eval_dataset=feed.validation and feed.validation.rows,
+        data_collator=feed.feeder,
+        processor=tuned.processor,
+        rates=tuned.rates,
+        record=record,
+        steps=steps,
+        progress=watchdog.progress,
+        eyes=eyes_of(config, tuned.model, rows, steps),
+        validation=feed.validation,
+        callbacks=[
+            watchdog,  # first: what others do behind a step, as asking questions, may take its time
+            *guards_of(config, tuned.model, tuned.rates, steps),
+            *trials_of(config, feed.feeder, feed.batches, feed.known),
+            *callbacks,
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def _announce(
+    config: RunConfig,
+    rows: Mixture | RowStream,
+    tuned: Tuned,
+    lengths: Lengths | None,
+    checkpoint: str | None,
+) -> None:
+    """Say what the run learns from, how much of it does not fit, what learns, and where it goes on from."""
     console = Console(stderr=True)
     total = "a stream of rows" if rows.total is None else f"{rows.total:,} rows"
     console.print(f"[bold]{config.stage}[/]: {total} -> {config.train.output_dir}")
@@ -179,3 +245,11 @@ def _announce(config: RunConfig, rows: Mixture | RowStream, lengths: Lengths | N
             console.print(f"  {name}: {count:,} rows, {share:.1%}, {passes:.2f} times over")
     if lengths is not None:
         console.print(length_line(lengths, rows.total, config.data.max_length))
+    console.print(tuning_table(tuned.reports, tuned.rates))
+    if checkpoint:
+        console.print(f"resuming from {checkpoint}")
+    elif earlier := complete_snapshots(Path(config.train.output_dir)):
+        console.print(
+            f"[bold]starting anew[/]: {earlier[-1]} is of an earlier start, and this one writes over what it "
+            "left; to go on from it, stop now and give train.resume=auto"
+        )

@@ -58,7 +58,8 @@ class MllmTrainer(SavingTrainer):
         super().__init__(**kwargs)
         self.rates = rates
         self.steps, self.eyes = steps, eyes
-        self.add_callback(eyes)
+        for callback in (steps, eyes):
+            self.add_callback(callback)
         self.batches = batches
         self.stream = stream
         if stream is not None:
@@ -172,7 +173,7 @@ class MllmTrainer(SavingTrainer):
             self.losses.clear()
             logs |= self.eyes.report(self._add_up, self.args.world_size)
             logs["memory/peak_gib"] = self._most(peak_memory())
-            if dropped := int(self._add_up(torch.tensor(self.steps.dropped_turns))):
+            if dropped := self._dropped():
                 logs["dropped_turns"] = dropped
         if "learning_rate" in logs:
             logs |= {f"learning_rate/{part}": rate for part, rate in self.eyes.rates.items()}
@@ -181,11 +182,15 @@ class MllmTrainer(SavingTrainer):
     def _add_up(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values.to(self.args.device), "sum")
 
+    def _dropped(self) -> int:
+        return int(self._add_up(torch.tensor(self.steps.dropped_turns)))
+
     def _most(self, value: float) -> float:
         return self.accelerator.gather(torch.tensor([value], device=self.args.device)).max().item()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write a checkpoint, with what every rank has read of a stream."""
+        """Write a checkpoint, with what every rank has counted, and read of a stream."""
+        self.steps.dropped_everywhere = self._dropped()
         if self.stream is not None:
             self.stream.gather()
         super().save_model(output_dir, _internal_call)

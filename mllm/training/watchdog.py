@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -140,6 +141,17 @@ class Watchdog(TrainerCallback):
     def _end(self) -> None:
         position, waited = self.progress.position, time.monotonic() - self.progress.since
         sys.stderr.write(f"watchdog: rank {self.rank} has been for {waited:.0f} s at {position}\n")
+        try:
+            self._tell(position, waited)
+        except (OSError, ValueError) as error:  # a full disk must not keep the run hanging
+            sys.stderr.write(f"error: no progress for {self.seconds:g} s on rank {self.rank}; {error}\n")
+        sys.stderr.flush()
+        time.sleep(1)  # the launcher ends all ranks with the first: let them finish writing
+        # The main thread waits inside a library, where it can be neither interrupted nor asked to raise.
+        os._exit(EXIT_CODE)
+
+    def _tell(self, position: Position, waited: float) -> None:
+        """Write down where this rank stands, wait for the others' words, and say what follows from them."""
         stack = self._report_of(self.rank).with_suffix(".stack.txt")
         stack.parent.mkdir(parents=True, exist_ok=True)
         with stack.open("w", encoding="utf-8") as file:
@@ -151,10 +163,6 @@ class Watchdog(TrainerCallback):
         write_atomic(self._report_of(self.rank), json.dumps({**report, "verdict": text}, indent=1) + "\n")
         if self.rank == min(positions):
             sys.stderr.write(f"error: {text}; stacks are in {self.folder}\n")
-        sys.stderr.flush()
-        time.sleep(1)  # the launcher ends all ranks with the first: let them finish writing
-        # The main thread waits inside a library, where it can be neither interrupted nor asked to raise.
-        os._exit(EXIT_CODE)
 
     def _await_others(self) -> dict[int, Position]:
         """Where the ranks are that say so in time."""
@@ -176,10 +184,12 @@ class Watchdog(TrainerCallback):
         """What the ranks of this run have written."""
         if not self.folder.is_dir():  # so it is as long as all is well: one look at the disk
             return []
-        paths = [
-            path for path in self.folder.glob("rank-*.json") if path.stat().st_mtime_ns != self.old.get(path)
-        ]
-        return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found = []
+        for path in self.folder.glob("rank-*.json"):
+            with suppress(OSError, ValueError):  # another rank has just removed it, or is about to replace it
+                if path.stat().st_mtime_ns != self.old.get(path):
+                    found.append(json.loads(path.read_text(encoding="utf-8")))
+        return found
 
     def _report_of(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"

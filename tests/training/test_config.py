@@ -216,6 +216,10 @@ ALIGN: dict[str, Any] = MINIMAL["model"]
         ({"train": {"output_dir": ""}}, "train.output_dir: String should have at least 1 character"),
         ({"train": {"output_dir": "o", "bf16": True, "fp16": True}}, "bf16 and fp16 are both true"),
         (
+            {"tune": {"language_model": "qlora"}, "train": {"output_dir": "o", "fsdp": True}},
+            "train.fsdp does not divide weights in 4 bit, .* use .*train.deepspeed=ds_configs/zero2.json",
+        ),
+        (
             {"train": {"output_dir": "o", "max_steps": 0}},
             "train.max_steps: .*greater than or equal to 1, found 0",
         ),
@@ -261,6 +265,7 @@ def test_what_was_said_can_be_said_again() -> None:
         ("model.vision_feature_layer=last", "last"),
         ("model.vision_feature_layer=-1", -1),
         ("tune.lora.r=8", 8),
+        ("model.fusion=visual_expert", {"type": "visual_expert"}),
     ],
 )
 def test_overrides(recipe: Path, override: str, value: Any) -> None:

@@ -98,6 +98,10 @@ def test_an_engine_that_accelerate_turns_on(monkeypatch: pytest.MonkeyPatch, var
         ("{", "not valid JSON"),
         ("[]", "are a JSON object"),
         ('{"zero_optimization": {"stage": 3}}', "gather_16bit"),
+        (
+            '{"optimizer": {"type": "AdamW"}}',
+            "'optimizer' is decided by the recipe .*remove it from the file",
+        ),
     ],
 )
 def test_a_wrong_file(tmp_path: Path, as_rank: None, text: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from launched import launch_runs
 from runs import make_world, run_config
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
@@ -186,3 +188,36 @@ def test_a_disk_that_is_full_at_a_save(world: Path, small_disk: Path, left: int)
     resumed = config.train.model_copy(update={"resume": "auto"})
     output = train(config.model_copy(update={"train": resumed}))
     assert [line["step"] for line in read_metrics(output / "metrics.jsonl") if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", [100_000, 600_000])
+def test_a_disk_that_is_full_ends_all_ranks(world: Path, small_disk: Path, tmp_path: Path, left: int) -> None:
+    """Whether the first rank cannot write the weights or the optimiser: no rank waits for another."""
+    config = run_config(world, small_disk / "run", FULL, save_steps=1, save_total_limit=1, rehearsal=False)
+    found = launch_runs("torchrun", tmp_path / "found", {"full": config}, {"full": f"full {left}"})["full"]
+    first, second = (rank["error"] or "" for rank in found)
+    assert re.match(r"the disk of .* is full: .*checkpoint-1; make room", first)
+    assert second == f"rank 0 could not save: {first}"
+    assert not (small_disk / "run" / STAGING).exists()
+
+
+@pytest.mark.slow
+def test_a_disk_that_ranks_do_not_share_is_seen_before_the_first_step(world: Path, tmp_path: Path) -> None:
+    config = run_config(world, tmp_path / "run", LORA, save_steps=2)
+    for rank in launch_runs("torchrun", tmp_path / "found", {"own": config}, {"own": "own disk"})["own"]:
+        assert "1 of 2 ranks have written their part; train.output_dir must be on" in (rank["error"] or "")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_best_checkpoint_stays_where_room_is_made(world: Path, small_disk: Path) -> None:
+    """The first is the best at this rate; a limit that is lowered on a full disk removes others."""
+    best = ValSection(path=str(world / "rows" / "rows.jsonl"), every=1, keep_best=True)
+    options: dict[str, Any] = {"save_steps": 1, "rehearsal": False, "learning_rate": 1.0}
+    config = run_config(world, small_disk / "run", ("frozen", "frozen", "full"), max_steps=3, **options)
+    train(config.model_copy(update={"val": best}))
+    ballast(small_disk, shutil.disk_usage(small_disk).free - 50_000)
+    more = config.train.model_copy(update={"max_steps": 4, "save_total_limit": 1, "resume": "auto"})
+    train(config.model_copy(update={"val": best, "train": more}))
+    names = [path.name for path in complete_snapshots(small_disk / "run")]
+    assert names == ["checkpoint-1", "checkpoint-4"]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +25,10 @@ from typer.testing import CliRunner
 
 from mllm.cli import app
 from mllm.config import RunConfig, TrainSection
+from mllm.data.lengths import Lengths
+from mllm.data.sampler import MicroBatches
 from mllm.errors import ConfigError
+from mllm.training.arguments import steps_of_epoch
 from mllm.training.explain import _steps
 from mllm.training.metrics import read_metrics
 from mllm.training.resume import last_checkpoint
@@ -241,6 +247,11 @@ def test_what_would_silently_differ_is_refused(
     with pytest.raises(ConfigError, match=message) as error:
         train(config(world, output, CONNECTOR, **{"max_steps": 4, **changed}, resume="auto"))
     assert "\n" not in str(error.value)
+    # And before anything is loaded: with parts that are not there it says the same.
+    unbuilt = config(world, output, CONNECTOR, **{"max_steps": 4, **changed}, resume="auto")
+    parts = unbuilt.model.model_copy(update={"language_model": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match=message):
+        train(unbuilt.model_copy(update={"model": parts}))
 
 
 def test_a_cap_of_as_many_other_rows_is_refused(world: Path, tmp_path: Path) -> None:
@@ -278,10 +289,29 @@ def test_the_global_batch_is_kept_by_accumulation() -> None:
     run = run_config(Path("x"), Path("y"), CONNECTOR, **options)
     # Two rows that are left over are a step of their own, but not for four ranks.
     assert [_steps(run, 34, ranks) for ranks in (1, 2, 4)] == [3, 3, 2]
+    for rows, ranks in ((34, 4), (33, 2), (3, 2), (16, 4), (17, 1)):
+        none = np.zeros(rows, np.int32)
+        batches = MicroBatches(Lengths(*(none for _ in fields(Lengths))), 2, 16 // (2 * ranks), ranks)
+        assert steps_of_epoch(rows, ranks, 16) == math.ceil(len(batches) / batches.accumulation)
     both = section.model_copy(update={"gradient_accumulation_steps": 4})
     assert both.accumulation(2) == 4
     with pytest.raises(ConfigError, match="steps is 4, but global_batch_size 16 on 4 ranks needs 2"):
         both.accumulation(4)
+
+
+def test_dropped_turns_are_counted_on(world: Path, tmp_path: Path) -> None:
+    """Also those of steps between the last log and the save."""
+    options = {"max_steps": 9, "save_steps": 5, "logging_steps": 3}
+    short = {"max_length": 196}
+
+    def dropped(output: Path) -> list[int]:
+        return [line.get("dropped_turns", 0) for line in metrics(output)]
+
+    whole = dropped(train(config(world, tmp_path / "whole", CONNECTOR, short, **options)))
+    train(config(world, tmp_path / "parts", CONNECTOR, short, **{**options, "max_steps": 5}))
+    train(config(world, tmp_path / "parts", CONNECTOR, short, **options, resume="auto"))
+    assert dropped(tmp_path / "parts") == whole
+    assert whole[2] > whole[1] > whole[0], "some in step 4 and 5, and more later"
 
 
 # -- other ranks --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -437,6 +438,18 @@ def test_metrics_and_curve(world: Path, tmp_path: Path) -> None:
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-3"]
     train(run_config(world, tmp_path / "run", TUNINGS["connector"], max_steps=1))  # a new run, a new file
     assert [line["step"] for line in metrics(output)] == [1]
+
+
+def test_what_stands_beside_the_model_cannot_end_a_run(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither the card nor a curve can be written here."""
+    for name in ("README.md", "loss.png"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    output = train(run_config(world, tmp_path / "run", TUNINGS["connector"]))
+    assert mllm.load(output)
+    assert re.search(r"no curves are drawn of .*metrics.jsonl \(IsADirectoryError", caplog.text)
+    assert f"write it with: mllm card {output}" in caplog.text
 
 
 def test_an_unfinished_line_of_metrics_is_left_out(tmp_path: Path) -> None:

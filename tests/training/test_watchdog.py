@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from runs import TUNINGS, make_world, run_config
 
 from mllm.config import EvalSection, RunConfig
 from mllm.training.train import train
-from mllm.training.watchdog import Position, Progress, Watchdog, explain
+from mllm.training.watchdog import EXIT_CODE, Position, Progress, Watchdog, explain
 
 
 def test_it_names_those_that_are_behind() -> None:
@@ -76,6 +78,22 @@ def test_reports_of_an_earlier_run_are_none_of_this_one(tmp_path: Path) -> None:
     (watchdog.folder / "rank-1.json").unlink()
     (watchdog.folder / "rank-1.json").write_text(json.dumps({"rank": 1}))
     assert watchdog._reports() == [{"rank": 1}]
+
+
+def test_it_ends_the_run_also_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("no folder")
+    code = (
+        "import sys, threading, time; from pathlib import Path\n"
+        "from mllm.training.watchdog import Progress, Watchdog\n"
+        "progress = Progress(); progress.at('forward')\n"
+        "threading.Thread(target=Watchdog(progress, Path(sys.argv[1]), 0.1, 0, 1)._look).start()\n"
+        "time.sleep(1000)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == EXIT_CODE
+    assert "error: no progress for 0.1 s on rank 0; " in done.stderr
 
 
 class Slow:

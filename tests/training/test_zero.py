@@ -20,6 +20,7 @@ from mllm.training.metrics import read_metrics
 from mllm.training.train import train
 
 pytest.importorskip("deepspeed")
+pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.slow
 KINDS = {"full": TUNINGS["all"], "lora": TUNINGS["lora_llm_vision"]}
 ENGINES: dict[str, dict[str, Any]] = {
@@ -162,11 +163,15 @@ def alternating_rows(world: Path, folder: Path) -> Path:
 
 
 RECIPES = ("blip2/align_opt", "flamingo/align", "cogvlm/align")
+QLORA = ("frozen", "full", "qlora")
+RESUMED = {"fsdp": TUNINGS["llm"], "zero2": QLORA, "zero3": QLORA}
+ADAPTED = ("ddp", "zero2", "zero3", "fsdp")
 FAULTS = {
     "nan-zero2": "nan",
     "nan-zero3": "nan",
     "thaw-zero3": "thaw",
     "silent-zero3": "text",
+    **{f"dead-{kind}": "dead" for kind in ADAPTED},
     "look": "look",
 }
 
@@ -205,13 +210,20 @@ def steps(
             f"instruct-{kind}", kind, TUNINGS["lora_llm_vision"], later, save_steps=2, max_steps=2,
             learning_rates=rates, per_device_batch_size=2 if kind else 4,
         )  # fmt: skip
-    for name, steps, resume in (("whole", 4, False), ("cut", 2, False), ("cut", 4, True)):
-        add(f"fsdp-{name}", "fsdp", TUNINGS["llm"], save_steps=2, max_steps=steps, resume=resume)
-        if not resume and name == "cut":
-            configs["fsdp-first"] = configs.pop("fsdp-cut")
+    for kind, tuning in RESUMED.items():
+        options = {"save_steps": 2, "per_device_batch_size": 4, "max_grad_norm": 0.0}
+        add(f"{kind}-whole", kind, tuning, max_steps=4, **options)
+        add(f"{kind}-cut", kind, tuning, max_steps=2, **options)
+        configs[f"{kind}-first"] = configs.pop(f"{kind}-cut")
+        add(f"{kind}-cut", kind, tuning, max_steps=4, resume=True, **options)
+    add("qlora", "", QLORA, max_steps=4, per_device_batch_size=8, max_grad_norm=0.0)
     for name in ("nan-zero2", "nan-zero3", "thaw-zero3", "silent-zero3"):
         text = write_text(folder / "text") if name == "silent-zero3" else None
         add(name, name.rpartition("-")[2], TUNINGS["llm"], rows=text, max_steps=3)
+    for kind in ADAPTED:
+        rows = {"rows": alternating, "per_device_batch_size": 1, "max_steps": 5, "warmup_steps": 3}
+        add(f"dead-{kind}", kind, TUNINGS["lora_all"], **rows)
+        add(f"alive-{kind}", kind, TUNINGS["lora_all"], **rows)
     small = TinyWorld(folder / "recipes")
     for recipe in RECIPES:
         config = small.shrink(recipe)
@@ -271,11 +283,25 @@ def test_every_checkpoint_under_zero3_is_whole(steps: Any) -> None:
         assert all(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_run_under_fsdp_goes_on(steps: Any) -> None:
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_run_goes_on(steps: Any, kind: str) -> None:
     folder = steps[0]
-    whole, parts = losses(folder / "fsdp-whole"), losses(folder / "fsdp-cut")
+    whole, parts = losses(folder / f"{kind}-whole"), losses(folder / f"{kind}-cut")
     assert parts == whole
     assert len(whole) == 4
+
+
+def test_a_base_in_4_bit_under_deepspeed(steps: Any) -> None:
+    """Losses of four steps and gradients of the first are those of one process."""
+    folder, found, single = steps
+    spy = Gradients()
+    wanted = losses(train(single["qlora"], callbacks=[spy]))
+    for kind in ("zero2", "zero3"):
+        assert losses(folder / f"{kind}-whole") == pytest.approx(wanted, abs=1e-5), kind
+        gradients = found[f"{kind}-whole"][0]["gradients"]
+        assert gradients.keys() == spy.found.keys()
+        for name, gradient in spy.found.items():
+            assert (gradients[name] - gradient).abs().max() <= 1e-5, (kind, name)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -300,6 +326,18 @@ def test_guards_under_deepspeed(steps: Any, name: str, message: str) -> None:
     """What one rank alone has, or sees, stops all of them."""
     for rank in steps[1][name]:
         assert re.match(message, rank["error"] or ""), rank["error"]
+
+
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_a_dead_adapter_stops_all_ranks(steps: Any, kind: str) -> None:
+    """In the same step, each naming its own rows; healthy ones go on, pictures on one rank in turn."""
+    message = (
+        r"step 3: the adapter of language_model\S+ is dead, its gradient was 0 in 3 steps, on rows (.*);"
+    )
+    found = [re.match(message, rank["error"] or "") for rank in steps[1][f"dead-{kind}"]]
+    assert all(found), steps[1][f"dead-{kind}"]
+    assert found[0][1] != found[1][1]  # type: ignore[index]
+    assert [rank["error"] for rank in steps[1][f"alive-{kind}"]] == [None, None]
 
 
 def test_one_rank_keeps_the_records(steps: Any) -> None:
