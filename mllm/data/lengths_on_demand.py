@@ -65,7 +65,8 @@ class _Known:
         self._sizes = np.memmap(self._file, np.int32, mode="r", shape=(len(rows), KINDS))
 
     def __getitem__(self, number: int) -> np.ndarray:
-        if self._sizes[number, 0] == 0:  # no row has no tokens
-            found = np.array(sizes_of(self.rows[number], self.collator), np.int32)
-            os.pwrite(self._file.fileno(), found.tobytes(), number * found.nbytes)
-        return self._sizes[number]
+        if self._sizes[number, 0]:  # no row has no tokens
+            return self._sizes[number]
+        found = np.array(sizes_of(self.rows[number], self.collator), np.int32)
+        os.pwrite(self._file.fileno(), found.tobytes(), number * found.nbytes)
+        return found
