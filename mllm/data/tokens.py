@@ -155,12 +155,15 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 def expand_images(
     ids: Sequence[int], labels: Sequence[int], image_token_id: int, counts: Iterable[int]
 ) -> tuple[list[int], list[int]]:
-    """Repeat each image placeholder as often as its image has tokens; labels there are masked."""
+    """Repeat each image placeholder as often as its image has tokens; labels there are masked.
+
+    Of an iterator, `counts`, as many are taken as there are placeholders: rows may share one.
+    """
     long_ids: list[int] = []
     long_labels: list[int] = []
-    start = 0
-    for count in counts:
-        place = ids.index(image_token_id, start)
+    start, of_images = 0, iter(counts)
+    for _ in range(ids.count(image_token_id)):
+        place, count = ids.index(image_token_id, start), next(of_images)
         long_ids += [*ids[start:place], *[image_token_id] * count]
         long_labels += [*labels[start:place], *[labels[place]] * count]
         start = place + 1

@@ -163,7 +163,7 @@ def test_ranks_divide_a_mixture(
     rows = mixture(sizes, mixing)
     tokens = np.random.default_rng(0).integers(1, 99, len(rows))
     lengths = Lengths(tokens, tokens // 2, rows.source % 2)
-    flops = tokens.astype(float) if packed else None
+    flops = (lambda lengths: lengths.tokens.astype(float)) if packed else None
     found = []
     for rank in range(ranks):
         batches = MicroBatches(lengths, batch, accumulation, ranks, rank, 0, flops, by_modality)
