@@ -29,7 +29,7 @@ def main() -> None:
     try:
         if check:
             report = preflight(load_recipe(arguments[0], arguments[1:]), Asker())
-            if os.environ.get("RANK", "0") == "0":  # which has the report of all
+            if os.environ.get("RANK", "0") == "0" or not report.of_all:  # rank 0 has the report of all
                 Console(stderr=True, highlight=False).print(table(report))
             code = 0 if report.passed else 1
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ranks import end_rank
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -136,7 +137,7 @@ def main() -> None:
     file = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
     for job in json.loads(file.read_text()):
         run(job, file.parent)
-    dist.destroy_process_group()
+    end_rank()
 
 
 if __name__ == "__main__":

@@ -190,9 +190,9 @@ def _beside(place: HfPlace) -> Path:
     """A name beside a local data set, or in the library's cache."""
     from datasets.config import HF_DATASETS_CACHE
 
-    root = Path(place.place)
-    named = "-".join(filter(None, (root.name, place.configuration, place.split)))
-    return root.with_name(named) if root.exists() else Path(HF_DATASETS_CACHE) / named
+    root = Path(place.place).absolute()
+    named = "-".join(filter(None, (root.name or "root", place.configuration, place.split)))
+    return root.parent / named if root.exists() else Path(HF_DATASETS_CACHE) / named
 
 
 def check_columns(columns: list[str], where: str) -> list[str]:

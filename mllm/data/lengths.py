@@ -10,14 +10,13 @@ rows are measured when a step needs them (`mllm.data.lengths_on_demand`).
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -26,6 +25,7 @@ import mllm
 from mllm.data.collator import Collator
 from mllm.data.files import atomic_path, sha256_of, track
 from mllm.data.images import image_size
+from mllm.data.length_store import LengthStore
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
 from mllm.data.schema import Row, empty_answers
@@ -33,6 +33,8 @@ from mllm.data.tokens import IGNORE
 from mllm.errors import DataError
 
 CHUNK = 256
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,20 +137,30 @@ def file_lengths(
     if all(ranks.gather([kept is not None])):  # else all measure, or some would wait for what others skip
         return Lengths(*np.array(kept))
     wanted: Any = rows if chosen is None else Subset(rows, chosen)  # type: ignore[arg-type]
-    writable = os.access(cache.parent, os.W_OK)  # a read-only disk: measured every time
-    unfinished = cache.with_suffix(".part") if writable else None
-    lengths = measure(wanted, collator, workers, show, ranks, unfinished)
-    if ranks.rank == 0 and unfinished is not None:
-        with atomic_path(cache) as partial:
-            np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
-        unfinished.unlink(missing_ok=True)  # by another run on the same data
+    lengths = measure(wanted, collator, workers, show, ranks, part_file(cache))
+    if ranks.rank == 0:
+        _keep(lengths, cache)
     ranks.gather([None])  # or the next who asks might not find what is still being written
     return lengths
 
 
 def lengths_file(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> Path:
-    """Where the sizes of a file's rows are kept; `.part` in the place of `.npy` while some are missing."""
+    """Where the sizes of a file's rows are kept, [kinds, N], when all are known."""
     return rows.path.with_name(f"{rows.path.name}.lengths-{fingerprint(rows, collator, chosen)}.npy")
+
+
+def part_file(complete: Path) -> Path:
+    """Where they are kept while some are missing."""
+    return complete.with_suffix(".part")
+
+
+def _keep(lengths: Lengths, complete: Path) -> None:
+    try:
+        with atomic_path(complete) as partial:
+            np.save(partial, np.stack([getattr(lengths, one.name) for one in fields(Lengths)]))
+        part_file(complete).unlink(missing_ok=True)  # by another run on the same data
+    except OSError as error:  # a folder of somebody else, a full disk
+        logger.warning("lengths of rows are not kept in %s (%s)", complete, error.strerror)
 
 
 def read_kept(path: Path) -> np.ndarray | None:
@@ -171,47 +183,32 @@ def measure(
 
     `unfinished` keeps what is measured, and has what an earlier call had measured of the same rows.
     """
-    sizes = np.zeros((len(rows), len(fields(Lengths))), np.int32)  # no measured row has zero tokens
+    kinds = len(fields(Lengths))
+    store = None if unfinished is None else LengthStore(unfinished, kinds)
+    sizes = np.zeros((len(rows), kinds), np.int32) if store is None else store.read(0, len(rows))
     rank_of = np.arange(len(rows)) // CHUNK % ranks.size  # [N], who measures the row
     fault = None
-    with _store(unfinished, sizes) as file:
-        wanted = [
-            chunk
-            for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
-            if not sizes[chunk * CHUNK : (chunk + 1) * CHUNK, 0].all()
-        ]
-        chunks: Any = DataLoader(_Chunks(rows, collator, wanted), batch_size=None, num_workers=workers)
-        for start, found in track(chunks, "measuring rows, once for all runs", len(wanted), show):
-            if isinstance(found, DataError):
-                fault = str(found)
-                break  # and tell the others, who would wait
-            sizes[start : start + len(found)] = found
-            if file is not None:
-                file.seek(start * sizes[0].nbytes)
-                file.write(sizes[start : start + len(found)].tobytes())
+    wanted = [
+        chunk
+        for chunk in range(ranks.rank, math.ceil(len(rows) / CHUNK), ranks.size)
+        if not sizes[chunk * CHUNK : (chunk + 1) * CHUNK, 0].all()  # no measured row has zero tokens
+    ]
+    chunks: Any = DataLoader(_Chunks(rows, collator, wanted), batch_size=None, num_workers=workers)
+    for start, found in track(chunks, "measuring rows, once for all runs", len(wanted), show):
+        if isinstance(found, DataError):
+            fault = str(found)
+            break  # and tell the others, who would wait
+        sizes[start : start + len(found)] = found
+        if store is not None:
+            store.write(start, np.asarray(found))
+    if store is not None:
+        store.close()
     parts = ranks.gather([(fault, sizes[rank_of == ranks.rank])])
     for rank, (fault_there, sizes_there) in enumerate(parts):
         if fault_there:
             raise DataError(fault_there)
         sizes[rank_of == rank] = sizes_there
     return Lengths(*np.ascontiguousarray(sizes.T))
-
-
-@contextmanager
-def _store(path: Path | None, sizes: np.ndarray) -> Iterator[IO[bytes] | None]:
-    """The file that keeps `sizes` row by row, with what it has of them read; zeros where it has nothing.
-
-    Each row has its place in it, so ranks, or two runs on the same data, may write at the same time.
-    """
-    if path is None:
-        yield None
-        return
-    path.touch()
-    with path.open("r+b", buffering=0) as file:
-        known = np.fromfile(file, np.int32, sizes.size)
-        whole = len(known) // sizes.shape[1]  # rows; the last may be torn
-        sizes[:whole] = known[: whole * sizes.shape[1]].reshape(whole, sizes.shape[1])
-        yield file
 
 
 def fingerprint(rows: Rows, collator: Collator, chosen: np.ndarray | None = None) -> str:

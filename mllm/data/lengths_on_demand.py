@@ -6,15 +6,14 @@ a millisecond a row, and keeps them beside the data, where other ranks, later ep
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 
 from mllm.data.collator import Collator
-from mllm.data.lengths import Lengths, lengths_file, read_kept, sizes_of
+from mllm.data.length_store import LengthStore
+from mllm.data.lengths import Lengths, lengths_file, part_file, read_kept, sizes_of
 from mllm.data.mixture import Mixture
 from mllm.data.rows import Rows
 
@@ -46,27 +45,20 @@ class LengthsOnDemand:
 
 
 class _Known:
-    """Sizes of one file's rows, [N, KINDS] on the disk: zeros where none has been measured yet."""
+    """Sizes of one file's rows."""
 
     def __init__(self, rows: Rows, collator: Collator) -> None:
         self.rows, self.collator = rows, collator
-        complete = lengths_file(rows, collator)
-        if (kept := read_kept(complete)) is not None:
-            self._sizes = kept.T
-            return
-        path = complete.with_suffix(".part")
-        self._file: Any = TemporaryFile()  # noqa: SIM115  (lives as long as this object)
-        if os.access(path.parent, os.W_OK):
-            path.touch()
-            self._file = path.open("r+b", buffering=0)
-        os.truncate(self._file.fileno(), 4 * KINDS * len(rows))
-        # Read through a map, so that what other ranks write is seen; written as a file, since on a full disk
-        # a write into the map would kill the process without a word.
-        self._sizes = np.memmap(self._file, np.int32, mode="r", shape=(len(rows), KINDS))
+        place = lengths_file(rows, collator)
+        self._complete: Any = read_kept(place)
+        self._store = LengthStore(part_file(place), KINDS) if self._complete is None else None
 
     def __getitem__(self, number: int) -> np.ndarray:
-        if self._sizes[number, 0]:  # no row has no tokens
-            return self._sizes[number]
-        found = np.array(sizes_of(self.rows[number], self.collator), np.int32)
-        os.pwrite(self._file.fileno(), found.tobytes(), number * found.nbytes)
-        return found
+        if self._store is None:
+            of_row: np.ndarray = self._complete[:, number]
+            return of_row
+        known: np.ndarray = self._store.read(number, 1)[0]
+        if known[0] == 0:  # no row has no tokens
+            known = np.array(sizes_of(self.rows[number], self.collator), np.int32)
+            self._store.write(number, known[None])
+        return known

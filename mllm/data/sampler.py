@@ -14,9 +14,10 @@ Two ways to divide:
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Sizes(Protocol):
         """The sizes of these rows, in this order."""
 
 
-class MicroBatches(Sampler[list[int]]):
+class MicroBatches(Sampler[Sequence[int]]):
     """One rank's micro-batches, `accumulation` of them for each optimiser step.
 
     In every epoch each row comes exactly once, and all ranks have equally many micro-batches. What is left
@@ -88,9 +89,10 @@ class MicroBatches(Sampler[list[int]]):
         *full, last = self._sizes(len(self.lengths))
         return len(full) * self.accumulation + self._micro_steps(last)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Sequence[int]]:
         for batch in self.global_batches():
-            yield from (step[self.rank] for step in self.divide(batch))
+            divided = functools.cache(functools.partial(self.divide, batch))
+            yield from (_Later(divided, step, self.rank) for step in range(self._micro_steps(len(batch))))
 
     def global_batches(self) -> Iterator[np.ndarray]:
         """The rows of each optimiser step of this epoch."""
@@ -152,6 +154,29 @@ class MicroBatches(Sampler[list[int]]):
             total += [weight[pack].sum() for pack in step]
             steps.append(step)
         return steps
+
+
+class _Later(Sequence[int]):
+    """A micro-batch whose rows are decided when it is looked at.
+
+    A resumed run skips those that were without looking: their rows need not be measured again.
+    """
+
+    def __init__(self, divided: Callable[[], Divided], step: int, rank: int) -> None:
+        self._divided, self._step, self._rank = divided, step, rank
+
+    def _rows(self) -> list[int]:
+        return self._divided()[self._step][self._rank]
+
+    def __len__(self) -> int:
+        return len(self._rows())
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._rows()[place]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To a worker goes the list."""
+        return list, (self._rows(),)
 
 
 def _fill(order: np.ndarray, weight: np.ndarray, room: Sequence[int]) -> list[list[int]]:

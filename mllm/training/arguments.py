@@ -34,7 +34,7 @@ OPTIMIZERS = (
 def check_options(config: RunConfig) -> None:
     """Raise `ConfigError` before anything is loaded where a recipe asks for what cannot be here."""
     options = config.train
-    _check_output_dir(options)
+    check_output_dir(options)
     if isinstance(options.resume, str) and options.resume != "auto" and not Path(options.resume).is_dir():
         raise ConfigError(
             f"train.resume: there is no folder {options.resume!r}; give auto, or the path of a checkpoint-N"
@@ -60,7 +60,8 @@ def check_options(config: RunConfig) -> None:
     check_launch(options)
 
 
-def _check_output_dir(options: TrainSection) -> None:
+def check_output_dir(options: TrainSection) -> None:
+    """Raise `ConfigError` for a place where a run cannot write."""
     folder = Path(options.output_dir).absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):

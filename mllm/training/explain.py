@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mllm.config import RunConfig, SourceSection
+from mllm.data.hf import HF
 from mllm.data.rows import open_rows, there_is
 from mllm.data.schema import Message, assistant, user
 from mllm.data.templates import Piece
@@ -184,9 +185,14 @@ def absent(config: RunConfig) -> list[str]:
     folders = [("data.image_root", source.image_root) for source in data.sources]
     folders += [("val.image_root", val.image_root)] if val else []
     folders += [("eval.image_root", ask.image_root)] if ask else []
-    lacking = [f"{key}: {place}" for key, place in files if not there_is(place)]
+    lacking = [f"{key}: {place}" for key, place in files if not there_is(place) and not _on_the_hub(place)]
     lacking += [f"{key}: {place}" for key, place in folders if place and not Path(place).is_dir()]
     return list(dict.fromkeys(lacking))
+
+
+def _on_the_hub(place: str) -> bool:
+    """Whether it may be a data set that is downloaded, or in the library's cache."""
+    return place.startswith(HF) and not place.removeprefix(HF).startswith(("/", ".", "~"))
 
 
 def _stream_notes(config: RunConfig) -> Iterator[str]:

@@ -21,7 +21,7 @@ from mllm.config import RunConfig
 from mllm.data.check import DataCheck, check_rows
 from mllm.data.mixture import Mixture
 from mllm.errors import DataError, MllmError
-from mllm.training.arguments import check_options
+from mllm.training.arguments import check_options, check_output_dir
 from mllm.training.asking import Asks
 from mllm.training.batches import make_collator
 from mllm.training.build import build_processor, open_mixture
@@ -90,6 +90,7 @@ def preflight(config: RunConfig, asker: Asks | None = None, show: bool = True) -
     Returns:
         What all ranks have found, on rank 0; on others what they have found themselves.
     """
+    check_output_dir(config.train)  # or the report could not be written
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(config.train.output_dir)
     (folder / f"preflight.rank{rank}.json").unlink(missing_ok=True)  # of an earlier one

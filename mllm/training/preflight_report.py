@@ -15,7 +15,10 @@ from mllm.config import RunConfig
 from mllm.data.check import DataCheck
 from mllm.data.files import write_atomic
 
-WAIT = 600  # seconds that ranks wait for each other: where the start fails at once, shares of rows differ
+# Seconds that ranks wait for each other: where the start fails at once, shares of rows differ. A rank that
+# has failed waits less, since rank 0 may be waiting for it in turn.
+WAIT = 600
+WAIT_OF_FAILED = 120
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Report:
     def of(cls, checks: list[Check], found: DataCheck | None) -> Report:
         """With the rows' faults counted."""
         return cls(checks, None if found is None else found.record())
+
+    @property
+    def of_all(self) -> bool:
+        """Whether all ranks have reported."""
+        return not any(check.name == "ranks" for check in self.checks)
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -75,8 +83,10 @@ def over_ranks(config: RunConfig, own: Report, folder: Path, rank: int, ranks: i
     files = {number: folder / f"preflight.rank{number}.json" for number in range(1, ranks)}
     if rank:
         own.write(files[rank])
-        _wait(lambda: not files[rank].exists())
-        return own
+        if _wait(lambda: not files[rank].exists(), WAIT if own.passed else WAIT_OF_FAILED):
+            return own
+        files[rank].unlink(missing_ok=True)
+        return _alone(own, folder, rank)
     _wait(lambda: all(file.is_file() for file in files.values()))
     reports, silent = [own], []
     for number, file in files.items():
@@ -90,6 +100,15 @@ def over_ranks(config: RunConfig, own: Report, folder: Path, rank: int, ranks: i
     for file in files.values():
         file.unlink(missing_ok=True)
     return merged
+
+
+def _alone(own: Report, folder: Path, rank: int) -> Report:
+    """What a rank tells that rank 0 has not heard, as `preflight.json`, or nobody would know why."""
+    told = [replace(check, detail=f"rank {rank}: {check.detail}") for check in own.checks]
+    unheard = Check("ranks", False, "rank 0 has not reported; it waits for this one, or has ended", 0.0)
+    alone = Report([*told, unheard], own.data)
+    alone.write(folder / "preflight.json")
+    return alone
 
 
 def merge(config: RunConfig, reports: Sequence[Report], silent: Sequence[int] = ()) -> Report:
@@ -133,10 +152,13 @@ def _known(data: dict[str, Any]) -> dict[str, Any]:
     return {field.name: data[field.name] for field in fields(DataCheck)}
 
 
-def _wait(done: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT
-    while not done() and time.monotonic() < until:
+def _wait(done: Callable[[], bool], seconds: float = WAIT) -> bool:
+    until = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > until:
+            return False
         time.sleep(0.1)
+    return True
 
 
 def table(report: Report) -> Table:

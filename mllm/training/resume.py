@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 
 from mllm.errors import ConfigError
 from mllm.model.checkpoint import read_manifest
@@ -63,6 +64,14 @@ def agreed(found: str | None) -> str | None:
             "storage that all nodes share"
         )
     return found
+
+
+class AsOftenAsSaid(TrainerCallback):
+    """A resumed run logs, validates and saves as often as its recipe says, not as the checkpoint had it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The state is the checkpoint's by now."""
+        state.compute_steps(args, state.max_steps)
 
 
 def _find(output_dir: Path, resume: bool | str) -> Path | None:

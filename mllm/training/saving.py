@@ -6,7 +6,7 @@ import errno
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, load_fsdp_model, set_seed
 from safetensors import SafetensorError
 from transformers import ProcessorMixin, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer_callback import ExportableState
 
 from mllm.errors import MllmError, TrainingStoppedError
 from mllm.model.checkpoint import restore, save
@@ -29,6 +30,7 @@ from mllm.training.snapshots import (
     read_marker,
     rotate,
 )
+from mllm.training.validation import KeepBest
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,16 @@ class SavingTrainer(Trainer):
                     # A limit that was lowered because the disk was full; the last complete one stays.
                     rotate(output_dir, self.limit, self._best())
         self._meet()  # or the first would remove what another has begun to write
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # one that the run did not have before it was resumed
+                kept: Any = self.state.stateful_callbacks
+                kept.setdefault(type(callback).__name__, callback.state())
         self._staging = output_dir / STAGING
         try:
             with self._removed_if_unfinished():
-                super()._save_checkpoint(self.model_wrapped, None)
+                with self._unless_together():
+                    super()._save_checkpoint(self.model_wrapped, None)
+                self._meet()
         finally:
             self._staging = None
         return output_dir / STAGING / f"{PREFIX}{self.state.global_step}"
@@ -110,7 +118,8 @@ class SavingTrainer(Trainer):
 
     def _best(self) -> Path | None:
         """The best checkpoint by the validation; Trainer has noted it where it was written aside."""
-        if not self.state.best_global_step:
+        keeps = any(isinstance(callback, KeepBest) for callback in self.callback_handler.callbacks)
+        if not keeps or not self.state.best_global_step:
             return None
         best = Path(str(self.args.output_dir)) / f"{PREFIX}{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -135,6 +144,10 @@ class SavingTrainer(Trainer):
                 yield
         except (OSError, RuntimeError, SafetensorError, MllmError) as error:
             self._failure = self._failure or error
+
+    def _unless_together(self) -> AbstractContextManager[None]:
+        """`_later`; but where all ranks write a share, in step with each other, an error ends this one."""
+        return nullcontext() if self.is_deepspeed_enabled or self.is_fsdp_enabled else self._later()
 
     def _meet(self) -> None:
         """Wait for all ranks; what has failed on one of them is raised on all."""
@@ -171,9 +184,7 @@ class SavingTrainer(Trainer):
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """By one rank; where it is divided all write, in step with each other, and an error ends this one."""
-        together = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        with nullcontext() if together else self._later():
+        with self._unless_together():
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:

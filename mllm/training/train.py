@@ -32,7 +32,7 @@ from mllm.training.feature_cache import cached_features
 from mllm.training.launch import forgotten_afterwards
 from mllm.training.pretraining import build_pretraining
 from mllm.training.rehearsal import Rehearsal
-from mllm.training.resume import agreed, last_checkpoint
+from mllm.training.resume import AsOftenAsSaid, agreed, last_checkpoint
 from mllm.training.sharded import fsdp_settings
 from mllm.training.snapshots import clean, complete_snapshots
 from mllm.training.speed import packed_implementation, speed_up
@@ -219,6 +219,7 @@ def _trainer(
         validation=feed.validation,
         callbacks=[
             watchdog,  # first: what others do behind a step, as asking questions, may take its time
+            AsOftenAsSaid(),
             *guards_of(config, tuned.model, tuned.rates, steps),
             *trials_of(config, feed.feeder, feed.batches, feed.known),
             *callbacks,

@@ -145,7 +145,11 @@ class QuietEarlyStopping(EarlyStoppingCallback):
     """Transformers' early stopping without its warning: the best weights are kept, the last are saved."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Nothing to check: the recipe was."""
+        """Count on where a run is resumed; there is nothing to check, the recipe was."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step and saved:
+            counted = saved["attributes"]["early_stopping_patience_counter"]
+            self.early_stopping_patience_counter = counted
 
 
 def shuffle_images(rows: Sequence[Row]) -> list[Row] | None:

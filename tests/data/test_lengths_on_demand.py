@@ -1,5 +1,6 @@
 """Lengths measured when they are asked for: the same as all at once, none twice, none without need."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mllm.data.lengths import lengths_file, mixture_lengths
 from mllm.data.lengths_on_demand import LengthsOnDemand
 from mllm.data.mixture import Cap, Mixture
 from mllm.data.rows import open_rows
+from mllm.data.sampler import MicroBatches
 from mllm.errors import DataError
 from mllm.model import MllmProcessor
 from mllm.training import batches
@@ -85,13 +87,56 @@ def test_a_complete_count_is_read_and_a_broken_off_one_goes_on(
 
 
 def test_a_folder_that_cannot_be_written(
-    mixture: Mixture, processor: MllmProcessor, monkeypatch: pytest.MonkeyPatch
+    mixture: Mixture,
+    processor: MllmProcessor,
+    encoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    found = LengthsOnDemand(mixture, Collator(processor)).take(np.arange(6))
-    assert (found.tokens > 0).all()
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refused)
+    lengths = LengthsOnDemand(mixture, Collator(processor))
+    wanted = lengths.take(np.arange(6)).tokens
+    measured = len(encoded)
+    assert lengths.take(np.arange(6)).tokens.tolist() == wanted.tolist()
+    assert len(encoded) == measured, "what one process knows it measures once"
+    assert "lengths of rows are not kept in" in caplog.text
     rows: Any = mixture.datasets[0]
     assert not list(rows.path.parent.glob("*.lengths-*"))
+    assert (mixture_lengths(mixture, Collator(processor)).take(np.arange(6)).tokens == wanted).all()
+
+
+def test_a_full_disk_costs_time_and_no_run(
+    mixture: Mixture,
+    processor: MllmProcessor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lengths = LengthsOnDemand(mixture, Collator(processor))
+    wanted = lengths.take(np.arange(6)).tokens.tolist()
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    assert (lengths.take(np.arange(len(mixture))).tokens > 0).all()
+    assert lengths.take(np.arange(6)).tokens.tolist() == wanted
+    assert "no longer kept" in caplog.text
+
+
+def test_a_resumed_run_measures_no_row_of_the_steps_behind_it(
+    mixture: Mixture, processor: MllmProcessor, encoded: list[str]
+) -> None:
+    lengths = LengthsOnDemand(mixture, Collator(processor))
+    batches = MicroBatches(lengths, 2, 2, flops=lambda sizes: sizes.tokens.astype(float))
+    later = list(batches)[4:]  # as accelerate skips: it goes through all, and looks at none
+    assert encoded == []
+    assert [row for rows in later for row in pickle.loads(pickle.dumps(rows))] == [
+        row for r in later for row in r
+    ]
+    assert 0 < len(encoded) <= 20
 
 
 def test_a_row_that_cannot_be_trained_on_is_named(mixture: Mixture, processor: MllmProcessor) -> None:

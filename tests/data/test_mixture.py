@@ -168,7 +168,7 @@ def test_ranks_divide_a_mixture(
     for rank in range(ranks):
         batches = MicroBatches(lengths, batch, accumulation, ranks, rank, 0, flops, by_modality)
         batches.set_epoch(epoch)
-        found.append(list(batches))
+        found.append([list(rows) for rows in batches])
     assert {len(of_rank) for of_rank in found} == {len(batches)}
     assert all(micro for of_rank in found for micro in of_rank)
     assert Counter(i for of_rank in found for micro in of_rank for i in micro) == Counter(range(len(rows)))

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from runs import make_world, run_config
+from runs import TUNINGS, make_world, run_config
 from tiny_recipes import TinyWorld
 from transformers import TrainerCallback
 
 from mllm import cli
-from mllm.config import AFTER_INIT, RunConfig, load_recipe, shipped_recipes
+from mllm.config import AFTER_INIT, RunConfig, SourceSection, load_recipe, shipped_recipes
 from mllm.errors import CheckpointError
-from mllm.training.explain import explain, report
+from mllm.training.explain import absent, explain, report
 from mllm.training.outline import example_batch, outline, whole_recipe
 from mllm.training.plan import Gpus, plan
 from mllm.training.shapes import shapes_only, trace_forward
@@ -176,6 +176,15 @@ def test_what_is_not_there_is_noted_beside_the_answer(monkeypatch: Any, capsys: 
             "note: data.image_root: runs/quickstart/world/images is not on this machine",
             f"note: therefore {unknown}",
         ]
+
+
+@pytest.mark.parametrize(
+    ("place", "missing"), [("hf:org/name:config:train", False), ("hf:./none", True), ("none.json", True)]
+)
+def test_what_may_be_on_the_hub_is_not_called_absent(world: Path, place: str, missing: bool) -> None:
+    config = run_config(world, world / "run", TUNINGS["llm"])
+    data = config.data.model_copy(update={"path": [SourceSection(path=place)]})
+    assert bool(absent(config.model_copy(update={"data": data}))) == missing
 
 
 def test_epochs_are_those_of_max_steps(world: Path) -> None:

@@ -21,6 +21,7 @@ from mllm.data.check import check_rows
 from mllm.data.collator import Collator
 from mllm.data.feature_store import FeatureStore
 from mllm.errors import ConfigError
+from mllm.training import preflight_report
 from mllm.training.build import build_processor, open_mixture
 from mllm.training.callbacks import known_lengths, length_line
 from mllm.training.longest import LongestFirst
@@ -257,6 +258,26 @@ def test_ranks_make_one_report(world: Path, tmp_path: Path) -> None:
     reports[1] = Report([Check("data", False, "no such file", 0.0), fine[0]], None)
     merged = merge(config, reports)
     assert (merged.passed, merged.data) == (False, None)
+
+
+def test_a_rank_that_failed_alone_tells_it_itself(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 waits for it within a collective, and takes no report."""
+    monkeypatch.setattr(preflight_report, "WAIT_OF_FAILED", 0.2)
+    config = run_config(world, tmp_path, TUNINGS["llm"])
+    own = Report([Check("data", True, "fine", 1.0), Check("model", False, "no GPU", 1.0)], None)
+    told = preflight_report.over_ranks(config, own, tmp_path, 1, 2)
+    assert not told.of_all
+    assert told.checks[1].detail == "rank 1: no GPU"
+    assert json.loads((tmp_path / "preflight.json").read_text())["checks"][1]["detail"] == "rank 1: no GPU"
+    assert not (tmp_path / "preflight.rank1.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_first(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"train.output_dir: .* is no folder that can be written"):
+        preflight(run_config(world, tmp_path / "file", TUNINGS["llm"]), show=False)
 
 
 @pytest.mark.slow

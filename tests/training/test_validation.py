@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,27 @@ def test_the_best_checkpoint_is_kept_and_a_run_that_gets_worse_ends(
     assert best in kept
     mllm.load(output / f"checkpoint-{best}")
     assert len(kept) <= (2 if save_steps else limit or 1)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_where_the_whole_one_does(world: Path, tmp_path: Path) -> None:
+    """Also where it is validated only from the resume on: the checkpoint then knows no such callback."""
+    config = run_config(
+        world, tmp_path / "run", TUNINGS["llm"], max_steps=12, learning_rate=0.3, save_steps=1
+    )
+    settings = {"every": 1, "keep_best": True, "patience": 3}
+    output = train(validated(config, world, **settings))
+    ended = metrics(output, "val/loss")[-1]["step"]
+    assert 3 < ended < 12
+    for step in range(ended - 1, 13):
+        shutil.rmtree(output / f"checkpoint-{step}", ignore_errors=True)
+    resumed = config.model_copy(update={"train": config.train.model_copy(update={"resume": "auto"})})
+    train(validated(resumed, world, **settings))
+    assert metrics(output, "val/loss")[-1]["step"] == ended
+    shutil.rmtree(output)
+    train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 2})}))
+    train(validated(resumed, world, **settings))
+    assert metrics(output, "val/loss")[0]["step"] == 3
 
 
 def test_everything_is_reported_where_the_recipe_says(world: Path, tmp_path: Path) -> None:
