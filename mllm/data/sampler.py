@@ -46,7 +46,7 @@ class MicroBatches(Sampler[Sequence[int]]):
     join the step before, since every rank must have a row.
 
     Args:
-        lengths: of all rows; with `by_modality`, `Lengths`.
+        lengths: of all rows; with `by_modality` all are asked for at once.
         batch_size: rows a micro-batch, or their mean where packs are balanced.
         accumulation: micro-batches a step.
         ranks, rank: how many there are, and which this is.
@@ -78,8 +78,9 @@ class MicroBatches(Sampler[Sequence[int]]):
         self.seed, self.epoch = seed, 0
         self.flops = flops
         self.groups: list[np.ndarray] = []  # [N] each, which rows are in it
-        if by_modality and isinstance(lengths, Lengths):
-            self.groups = [lengths.views > 0, lengths.views == 0]
+        if by_modality:
+            views = lengths.take(np.arange(len(lengths))).views
+            self.groups = [views > 0, views == 0]
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the Trainer before every epoch, also when a run is resumed in the middle of one."""
