@@ -257,7 +257,8 @@ def check(
         for one in found.bad[:20]:
             typer.echo(f"{one['row']}: {one['fault']}")
         for key in ("rows", "pictures", "over", "dropped", "empty", "first_empty"):
-            typer.echo(f"{key}: {record[key]}")
+            if record[key] != "":
+                typer.echo(f"{key}: {record[key]}")
         typer.echo(f"longest row: {found.tokens} tokens")
         typer.echo(f"bad: {len(found.bad)}{' (--json lists all)' if len(found.bad) > 20 else ''}")
     raise typer.Exit(bool(found.bad))
