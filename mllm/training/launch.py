@@ -29,7 +29,7 @@ def number_of_ranks() -> int:
 def engine_of(options: TrainSection) -> str:
     """What divides the optimiser's state among ranks."""
     if options.deepspeed:
-        zero = _read_settings(Path(options.deepspeed)).get("zero_optimization", {})
+        zero = deepspeed_settings(options.deepspeed).get("zero_optimization", {})
         return f"DeepSpeed ZeRO-{zero.get('stage', 0)}"
     return f"FSDP ({options.fsdp})" if options.fsdp else PLAIN
 
@@ -49,7 +49,7 @@ def check_launch(options: TrainSection) -> None:
         )
     if options.deepspeed is None:
         return
-    settings = _read_settings(Path(options.deepspeed))
+    settings = deepspeed_settings(options.deepspeed)
     if find_spec("deepspeed") is None:
         raise ConfigError(
             "train.deepspeed is set and deepspeed is not installed; run: pip install 'mllm[deepspeed]', "
@@ -91,7 +91,9 @@ def forgotten_afterwards() -> Iterator[None]:
             os.environ.pop(variable, None)
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def deepspeed_settings(file: str) -> dict[str, Any]:
+    """What a DeepSpeed configuration file says; raises `ConfigError` where it is none."""
+    path = Path(file)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

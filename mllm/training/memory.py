@@ -7,7 +7,6 @@ DeepSpeed follows the ZeRO paper (arXiv 1910.02054, section 5) and DeepSpeed's s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mllm.config import Checkpointing, RunConfig, TrainSection
-from mllm.errors import ConfigError
 from mllm.model.adapters import is_adapter
+from mllm.training.launch import deepspeed_settings
 from mllm.training.outline import example_batch, outline
 from mllm.training.shapes import Trace, shapes_only, trace_forward
 from mllm.training.tuning import upcast_trained
@@ -63,12 +62,7 @@ def way_of(deepspeed: str | None) -> Way:
     """What a DeepSpeed configuration file asks for."""
     if deepspeed is None:
         return WAYS[0]
-    try:
-        zero = json.loads(Path(deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"train.deepspeed: {deepspeed!r} cannot be read; samples are in ds_configs/"
-        ) from error
+    zero = deepspeed_settings(deepspeed).get("zero_optimization", {})
     on_cpu = [zero.get(key, {}).get("device") == "cpu" for key in ("offload_optimizer", "offload_param")]
     stage = zero.get("stage", 0)
     known = (way for way in WAYS if (way.zero, way.optimizer_on_cpu, way.weights_on_cpu) == (stage, *on_cpu))
@@ -139,7 +133,7 @@ class Measure:
         options, tune = config.train, config.tune
         mixed = torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else None
         self.model, self.processor, self.reports = outline(config)
-        self.packed = _packed(self.model) if tune.language_model == "qlora" else {}
+        self.packed = _packed(self.model) if tune.language_model == "qlora" else set()
         with shapes_only():
             if deepspeed:  # casts everything, and keeps float32 masters of what learns
                 torch.nn.Module.to(self.model, mixed or torch.float32)
@@ -205,11 +199,11 @@ def _count(parameters: Iterable[torch.Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _packed(model: Any) -> dict[int, str]:
+def _packed(model: Any) -> set[int]:
     """The weights that QLoRA keeps in 4 bit, by identity: those of all linear layers but the head."""
     head = model.get_output_embeddings()
     return {
-        id(layer.weight): name
+        id(layer.weight)
         for name, layer in model.language_model.named_modules()
         if isinstance(layer, torch.nn.Linear) and layer is not head and not is_adapter(f"{name}.")
     }

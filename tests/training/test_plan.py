@@ -256,6 +256,17 @@ def test_the_samples_are_known_ways(name: str) -> None:
     assert way_of(str(root / "ds_configs" / f"{name}.json")).name == name
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"), [("[1]", "are a JSON object"), ("{", "not valid JSON"), (None, "no file")]
+)
+def test_a_file_that_is_none_of_deepspeeds(tmp_path: Path, text: str | None, problem: str) -> None:
+    file = tmp_path / "zero.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        way_of(str(file))
+
+
 @pytest.mark.parametrize("text", ["8", "x80", "0x80", "8x0", "8x80x2", "-1x80"])
 def test_gpus_are_checked(text: str) -> None:
     with pytest.raises(ConfigError, match="8x80"):
