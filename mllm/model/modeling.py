@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from mllm.model.connectors import build_connector
 from mllm.model.fusion import build_fusion
 from mllm.model.fusion.base import Context
 from mllm.model.generation import ImageGenerationMixin
+from mllm.model.label_feed_forward import LabelFeedForward, label_feed_forward
 from mllm.model.label_head import head_only_at, labelled_places, next_labels
 from mllm.model.language_model import build_language_model
 from mllm.model.parted import PartedModel, fixed_ids, fixed_pixels
@@ -43,6 +45,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
     connector: Any
     fusion: Any
     language_model: Any
+    label_feed_forward: LabelFeedForward | None = None
     main_input_name = "input_ids"
     input_modalities = ["image", "text"]  # noqa: RUF012
 
@@ -67,9 +70,14 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         return build_fusion(config.fusion, config.text_config, connector.out_dim, media_tokens)
 
     def connect(self) -> None:
-        """Attach the fusion's modules to the language model's layers."""
-        if self.fusion is not None:
+        """Attach to the language model's layers the fusion's modules, or what leaves out unread positions."""
+        if self.label_feed_forward is not None:
+            self.label_feed_forward.remove()
+            self.label_feed_forward = None
+        if self.fusion is not None:  # it may act on the feed-forward itself, at every position
             self.fusion.attach(self.language_model)
+        else:
+            self.label_feed_forward = label_feed_forward(self.language_model)
 
     @classmethod
     def from_components(cls, **components: Any) -> tuple[MllmForConditionalGeneration, Any]:
@@ -231,9 +239,9 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         }
 
     def _targets(
-        self, labels: torch.Tensor | None, everywhere: bool
+        self, labels: torch.Tensor | None, everywhere: bool, hidden_states: bool
     ) -> tuple[torch.Tensor | None, AbstractContextManager[None]]:
-        """Targets [B, S], or those that are labels, [1, n], and what makes the head compute no others."""
+        """Targets [B, S], or those that are labels, [1, n], and what lets no others be computed."""
         if labels is None:
             return None, nullcontext()
         # An encoder-decoder's inputs are shifted already, so its labels must not be.
@@ -241,7 +249,15 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         if everywhere:
             return targets, nullcontext()
         places = labelled_places(targets)
-        return targets.flatten()[places][None], head_only_at(self.get_output_embeddings(), places)
+        return targets.flatten()[places][None], self._only_at(places, targets.numel(), hidden_states)
+
+    @contextmanager
+    def _only_at(self, places: torch.Tensor, positions: int, hidden_states: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(head_only_at(self.get_output_embeddings(), places))
+            if self.label_feed_forward is not None and not hidden_states:
+                stack.enter_context(self.label_feed_forward.only_at(places, positions))
+            yield
 
     def _mask_and_positions(
         self,
@@ -322,7 +338,13 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
         """
         num_items = kwargs.pop("num_items_in_batch", None)
         # First: to find the labels, one has to wait for what the device is doing.
-        targets, at_labels = self._targets(labels, everywhere=not self.training and num_items is None)
+        targets, at_labels = self._targets(
+            labels,
+            everywhere=not self.training and num_items is None,
+            hidden_states=bool(
+                kwargs.get("output_hidden_states", self.language_model.config.output_hidden_states)
+            ),
+        )
         if inputs_embeds is None and encoder_outputs is None:
             if input_ids is None:
                 raise ValueError("give input_ids or inputs_embeds")

@@ -119,20 +119,27 @@ def step_flops(model: Any, encodes: bool = True) -> StepFlops:
     weights = language_model.num_parameters(exclude_embeddings=True) - of_head
     trained = language_model.num_parameters(only_trainable=True, exclude_embeddings=True)
     trained -= of_head if head.requires_grad else 0
+    last = model.label_feed_forward
+    at_labels = _count(last.module) if last is not None else 0
+    learnt = _count(last.module, trainable=True) if last is not None else 0
     seen = model.config.num_patches + model.config.num_prefix_tokens
     trains_vision = any(p.requires_grad for p in vision.parameters())
     of_vision = linear_flops(seen * _count(vision), trains_vision, trains_vision)
     of_connector = linear_flops(model.config.num_image_tokens * _count(model.connector), True, True)
     return StepFlops(
         image=of_vision * encodes + of_connector,
-        token=linear_flops(weights, True) + 2 * trained,
+        token=linear_flops(weights - at_labels, True) + 2 * (trained - learnt),
         square=3 * config.num_hidden_layers * attention_flops(1, 1, config.hidden_size, True),
-        label=linear_flops(head.numel(), True, head.requires_grad),
+        label=linear_flops(head.numel(), True, head.requires_grad)
+        + linear_flops(at_labels, True)
+        + 2 * learnt,
     )
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _count(module: torch.nn.Module, trainable: bool = False) -> int:
+    # A weight in 4 bit has two numbers in each byte.
+    counted: list[Any] = [p for p in module.parameters() if p.requires_grad or not trainable]
+    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in counted)
 
 
 class PackingTrial(TrainerCallback):

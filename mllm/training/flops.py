@@ -35,9 +35,9 @@ class StepFlops:
 
     Attributes:
         image: of an image, through encoder and connector.
-        token: of a token of the language model, image tokens included, the head left out.
+        token: of a token of the language model, image tokens included, without what `label` counts.
         square: of a pair of tokens of one row: attention is `square * length**2`.
-        label: of a position whose prediction is needed.
+        label: of a position whose prediction is needed: the head, and mostly the last feed-forward.
         again: of a token that is computed a second time under gradient checkpointing.
     """
 
@@ -68,6 +68,7 @@ def decoder_flops(
     width: int,
     layers: int,
     trained: int = 0,
+    head_trained: int = 0,
     input_grad: bool = True,
 ) -> float:
     """Of a decoder-only language model, from its sizes alone.
@@ -79,15 +80,15 @@ def decoder_flops(
     Args:
         lengths: tokens of each row.
         labels: positions with a label in all rows together.
-        weights: N, weights of all matrix products but the head, adapters included.
-        head: weights of the head.
+        weights: N, weights of all matrix products but those of `head`, adapters included.
+        head: weights of the head, and of what else is computed at labels only.
         width: d, all heads of attention together.
         layers: L.
-        trained: how many of `weights` and `head` get a gradient; adapters as all the others.
+        trained: how many of `weights` get a gradient; adapters as all the others.
+        head_trained: how many of `head` do.
         input_grad: whether gradients flow through to what stands before the model.
     """
     tokens, squares = sum(lengths), sum(length**2 for length in lengths)
-    head_trained = head if trained >= weights + head else 0
-    body = linear_flops(tokens * weights, input_grad) + 2 * tokens * (trained - head_trained)
+    body = linear_flops(tokens * weights, input_grad) + 2 * tokens * trained
     attention = layers * 2 * squares * width * (3 if input_grad else 1)
-    return body + attention + linear_flops(labels * head, True, head_trained > 0)
+    return body + attention + linear_flops(labels * head, True) + 2 * labels * head_trained

@@ -45,8 +45,9 @@ class Trace:
         logits: bytes kept of tensors as wide as the vocabulary.
         scores: how many numbers the logits are.
         predicted: positions that have logits.
-        forward: FLOPs of the forward pass by part; `head` is the language model's head, and what a part
-            spends on attention, apart from its matrices, has the key `<part> attention`.
+        forward: FLOPs of the forward pass by part; `head` is the language model's head and what else is
+            computed at labels only, and what a part spends on attention, apart from its matrices, has the
+            key `<part> attention`.
         backward: FLOPs of the backward pass by part.
         again: FLOPs of computing the layers a second time.
     """
@@ -172,11 +173,13 @@ class _Counter:
     def watching(self, model: PartedModel) -> Iterator[None]:
         """Follow the calls of the model's parts, and of their layers that can be recomputed."""
         handles = []
-        watched = [(part, module, module) for part, module in model.named_parts()]
+        watched: list[tuple[str, Any, Any]] = [(part, module, module) for part, module in model.named_parts()]
         for part, module in model.named_parts():
             watched += [
                 (part, module, x) for x in module.modules() if isinstance(x, GradientCheckpointingLayer)
             ]
+        if (at_labels := getattr(model, "label_feed_forward", None)) is not None:
+            watched.append(("head", at_labels.module, at_labels.module))
         for part, owner, module in watched:
             enter = partial(self._enter, part, module is not owner)
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))

@@ -102,13 +102,16 @@ class Shape:
 
     def flops(self, lengths: Lengths, stage: str) -> float:
         """Of a step over these rows: what the model needs, forward and backward."""
-        body = self.layers * (4 * self.width**2 + 3 * self.width * self.inner)
-        adapters = self.layers * RANK * (8 * self.width + 3 * (self.width + self.inner)) * (stage == "lora")
-        head = self.width * self.words
-        trained = {"stage 1": 0, "lora": adapters, "full": body + head}[stage]
+        last = 3 * self.width * self.inner  # the last feed-forward, like the head, is needed at labels only
+        body = self.layers * (4 * self.width**2 + 3 * self.width * self.inner) - last
+        head = self.width * self.words + last
+        last_adapters = RANK * 3 * (self.width + self.inner) * (stage == "lora")
+        adapters = self.layers * (RANK * 8 * self.width * (stage == "lora") + last_adapters) - last_adapters
+        trained = {"stage 1": (0, 0), "lora": (adapters, last_adapters), "full": (body, head)}[stage]
         text = decoder_flops(
-            lengths.tokens.tolist(), int(lengths.labels.sum()), weights=body + adapters, head=head,
-            width=self.width, layers=self.layers, trained=trained,
+            lengths.tokens.tolist(), int(lengths.labels.sum()), weights=body + adapters,
+            head=head + last_adapters, width=self.width, layers=self.layers,
+            trained=trained[0], head_trained=trained[1],
         )  # fmt: skip
         width, inner, layers, _ = self.vision
         seen = self.image_tokens + 1

@@ -53,7 +53,8 @@ LANGUAGE_MODEL: dict[str, Any] = {
     "head": HEAD,
     "width": 4096,
     "layers": 32,
-    "trained": WEIGHTS + HEAD,
+    "trained": WEIGHTS,
+    "head_trained": HEAD,
 }
 PICTURE = 0.366e12
 Steps = Iterator[Divided]

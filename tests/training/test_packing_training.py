@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from mllm.config import RunConfig
 from mllm.data.lengths import Lengths
 from mllm.data.packing import PackingCollator
+from mllm.data.tokens import IGNORE
 from mllm.errors import ConfigError
 from mllm.training.batches import row_flops
 from mllm.training.metrics import read_metrics
@@ -148,9 +149,11 @@ def test_flops_are_those_counted(tuning: str) -> None:
     model.eval()
     with FlopCounterMode(display=False) as counter:
         embeds = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        states = model.language_model.model(inputs_embeds=embeds)[0]
-        states.sum().backward()
-    found = row_flops(model)(Lengths(*(np.array([n]) for n in (tokens, 0, 0))))
+        output = model(inputs_embeds=embeds, labels=batch["labels"], num_items_in_batch=torch.tensor(1))
+        output.loss.backward()
+    labels = int((batch["labels"] != IGNORE).sum())
+    assert 0 < labels < tokens
+    found = row_flops(model)(Lengths(*(np.array([n]) for n in (tokens, labels, 0))))
     text = model.config.text_config
     attention = 6 * text.num_hidden_layers * tokens**2 * text.hidden_size
     assert found[0] - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
