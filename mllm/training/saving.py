@@ -10,10 +10,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object, load_fsdp_model, set_seed
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object, load_fsdp_model, set_seed
 from safetensors import SafetensorError
+from torch import nn
 from transformers import ProcessorMixin, Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState
 
 from mllm.errors import MllmError, TrainingStoppedError
@@ -53,6 +56,8 @@ class SavingTrainer(Trainer):
         self.processor = processor
         self.record = record
         self.probe: dict[str, Any] = {}
+        if self.is_deepspeed_enabled:
+            self._plain_model().register_load_state_dict_post_hook(frozen_may_be_missing)
         # Weights and two moments of Adam, until the rehearsal has measured it.
         trained = [p for p in self._plain_model().parameters() if p.requires_grad]
         self.checkpoint_bytes = sum(p.numel() * (p.element_size() + 8) for p in trained)
@@ -185,7 +190,13 @@ class SavingTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._unless_together():
-            super()._save_optimizer_and_scheduler(output_dir)
+            if not self.is_deepspeed_enabled:
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
+            # Not as Trainer does it: of a model with adapters, each save would hold all of its base again.
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every rank writes; what follows is rank 0's."""
@@ -239,6 +250,15 @@ class SavingTrainer(Trainer):
                 now,
                 saved,
             )
+
+
+def frozen_may_be_missing(model: nn.Module, keys: Any) -> None:
+    """A hook of `load_state_dict`: frozen weights are those that the model was built with.
+
+    That they are what the run had before is checked when it resumes (`check_grounds`).
+    """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from mllm.data.packing import check_packing
 from mllm.data.sampler import MicroBatches
 from mllm.data.streaming import RowStream
 from mllm.errors import ConfigError
+from mllm.model.checkpoint import check_grounds
 from mllm.publish.card import write_card_after_training
 from mllm.training.arguments import check_options, run_record, training_arguments
 from mllm.training.asking import Asking, Asks
@@ -117,6 +118,8 @@ def _train(config: RunConfig, callbacks: Sequence[TrainerCallback], asker: Asks 
     # Built before the arguments exist: with ZeRO-3 in them, parts would be created already partitioned,
     # and no checkpoint could be copied into them.
     tuned = _tuned(config)
+    if checkpoint is not None:
+        check_grounds(tuned.model, Path(checkpoint))
     arguments = _arguments(config, rows, tuned.model)
     feed = _feed(config, rows, tuned, arguments, positions)
     watchdog = Watchdog(

@@ -14,7 +14,7 @@ Files in the order of use: origin, manifest, adapter_files, directory, saving; a
 
 from mllm.model.checkpoint.assembly import assemble, assign
 from mllm.model.checkpoint.directory import atomic_directory, check_new, finish_save, new_directory
-from mllm.model.checkpoint.loading import load, load_model, model_class, restore
+from mllm.model.checkpoint.loading import check_grounds, load, load_model, model_class, restore
 from mllm.model.checkpoint.manifest import (
     MANIFEST,
     checksum,
@@ -32,6 +32,7 @@ __all__ = [
     "assemble",
     "assign",
     "atomic_directory",
+    "check_grounds",
     "check_new",
     "checksum",
     "finish_save",

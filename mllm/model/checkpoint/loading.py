@@ -18,7 +18,7 @@ from mllm.model.checkpoint.adapter_files import ADAPTER_DIR, load_adapters, rest
 from mllm.model.checkpoint.assembly import assemble
 from mllm.model.checkpoint.directory import ready_place
 from mllm.model.checkpoint.manifest import MANIFEST, has_manifest, read_manifest, saved_tensors
-from mllm.model.checkpoint.origin import Origin, part_of
+from mllm.model.checkpoint.origin import Origin, origin_of, part_of
 from mllm.model.checkpoint.saving import tensors_to_save
 from mllm.model.modeling import MllmForConditionalGeneration
 from mllm.model.parted import PartedModel
@@ -120,6 +120,27 @@ def model_class(path: Path) -> type[Any]:
     if kind not in MODELS:
         raise CheckpointError(f"{path / 'config.json'}: model type {kind!r} is none of {', '.join(MODELS)}")
     return MODELS[kind][0]
+
+
+def check_grounds(model: PartedModel, path: Path) -> None:
+    """See that a model, built to resume a run, has the untrained weights that the run had.
+
+    Raises:
+        CheckpointError: a base model or the earlier stage's checkpoint is not what it was.
+    """
+    manifest, origin = read_manifest(path), origin_of(model)
+    advice = "put back what it was, or start a new run with train.resume=false"
+    for part, saved in manifest["base"].items():
+        here = origin.base.get(part)
+        if here is None or here.fingerprint != saved["fingerprint"]:
+            raise CheckpointError(
+                f"{path}: cannot resume, the base of its {part.replace('_', ' ')}, {saved['source']}, has "
+                f"changed since; {advice}"
+            )
+    before, now = manifest.get("parent"), origin.parent
+    if (before and before["manifest"]) != (now and now["manifest"]):
+        place = f"{before['path']} as it was then" if before else "base models alone"
+        raise CheckpointError(f"{path}: cannot resume, it was started from {place}; {advice}")
 
 
 def restore(model: PartedModel, path: Path) -> None:
