@@ -3,6 +3,7 @@
 What stands behind it, norms and the head, looks at one position at a time, so that no loss reads what it
 makes of images, questions and padding. Of a model with 32 layers that is 2 % of a step's arithmetic, of a
 smaller one more. Hooks of PyTorch's choose its input and put its output back; attention sees all as before.
+Compiled layers (`train.compile`) compute every position.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,6 +67,9 @@ class LabelFeedForward:
 
     def _choose(self, feed_forward: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
         self._shape = None
+        # Layers share their compiled code, which looks at no hooks: what one chose, another would have to.
+        if torch.compiler.is_compiling():
+            return None
         if self._chosen is None or inputs[0].shape[:-1].numel() != self._chosen[1]:
             return None
         self._shape = inputs[0].shape
