@@ -33,6 +33,11 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     raise ConfigError(f"{type(language_model).__name__} has no list of {depth} layers to attach to")
 
 
+def weights_in(parameter: Tensor) -> int:
+    """How many weights a parameter is; one in 4 bit holds two in a byte."""
+    return getattr(parameter, "quant_state", parameter).shape.numel()
+
+
 def unpacked(weight: Tensor) -> Tensor:
     """A weight as it computes: one in 4 bit in the dtype that it had, any other as it is."""
     state = getattr(weight, "quant_state", None)

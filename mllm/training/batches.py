@@ -21,6 +21,7 @@ from mllm.data.packing import PackingCollator, try_packing
 from mllm.data.pairs import PairCollator
 from mllm.data.sampler import MicroBatches, Sizes
 from mllm.errors import ConfigError
+from mllm.model.language_model import weights_in
 from mllm.training.flops import StepFlops, attention_flops, linear_flops
 
 # With more rows than these, lengths are measured when a step needs them: a core measures 3,000 rows a second.
@@ -137,9 +138,7 @@ def step_flops(model: Any, encodes: bool = True) -> StepFlops:
 
 
 def _count(module: torch.nn.Module, trainable: bool = False) -> int:
-    # A weight in 4 bit has two numbers in each byte.
-    counted: list[Any] = [p for p in module.parameters() if p.requires_grad or not trainable]
-    return sum((getattr(p, "quant_state", None) or p).shape.numel() for p in counted)
+    return sum(weights_in(p) for p in module.parameters() if p.requires_grad or not trainable)
 
 
 class PackingTrial(TrainerCallback):

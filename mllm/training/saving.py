@@ -193,10 +193,12 @@ class SavingTrainer(Trainer):
             if not self.is_deepspeed_enabled:
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
-            # Not as Trainer does it: of a model with adapters, each save would hold all of its base again.
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            # Not as Trainer does it: each save would hold the frozen weights again.
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            scheduler: Any = self.lr_scheduler
+            if self.args.should_save and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
+                torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every rank writes; what follows is rank 0's."""

@@ -24,6 +24,7 @@ from mllm.model.adapters import (
 )
 from mllm.model.added_tokens import embedding_names
 from mllm.model.checkpoint import origin_of, part_of
+from mllm.model.language_model import weights_in
 from mllm.model.parted import PartedModel
 
 # What PEFT's adapters are, in its own terms; and which tunings put modules of ours into a part.
@@ -265,14 +266,9 @@ def _report(model: PartedModel, part: str, tuning: str, unused: int) -> PartRepo
         part,
         tuning,
         sum(p.numel() for p in parameters if p.requires_grad),
-        sum(_count(p) for p in parameters),
+        sum(weights_in(p) for p in parameters),
         unused,
     )
-
-
-def _count(parameter: torch.Tensor) -> int:
-    """Weights in a parameter; one in 4 bit holds two in a byte."""
-    return getattr(parameter, "quant_state", parameter).shape.numel()
 
 
 def part_rates(reports: list[PartReport], options: TrainSection) -> dict[str, float]:
