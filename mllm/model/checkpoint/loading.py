@@ -139,8 +139,10 @@ def check_grounds(model: PartedModel, path: Path) -> None:
             )
     before, now = manifest.get("parent"), origin.parent
     if (before and before["manifest"]) != (now and now["manifest"]):
-        place = f"{before['path']} as it was then" if before else "base models alone"
-        raise CheckpointError(f"{path}: cannot resume, it was started from {place}; {advice}")
+        why = (
+            f"{before['path']}, which it started from, has changed since" if before else "it had no init_from"
+        )
+        raise CheckpointError(f"{path}: cannot resume, {why}; {advice}")
 
 
 def restore(model: PartedModel, path: Path) -> None:
