@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object, load_fsdp_model, set_seed
+from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object, save_fsdp_optimizer, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from transformers import ProcessorMixin, Trainer
@@ -23,7 +23,7 @@ from mllm.errors import MllmError, TrainingStoppedError
 from mllm.model.checkpoint import restore, save
 from mllm.model.parted import PartedModel
 from mllm.model.probe import probe
-from mllm.training.sharded import full_state, own_storage
+from mllm.training.sharded import full_state, load_trained, own_storage, save_trained
 from mllm.training.snapshots import (
     PREFIX,
     STAGING,
@@ -36,6 +36,8 @@ from mllm.training.snapshots import (
 from mllm.training.validation import KeepBest
 
 logger = logging.getLogger(__name__)
+
+FSDP_SHARES = "pytorch_model_fsdp_0"  # accelerate's name
 
 
 class SavingTrainer(Trainer):
@@ -190,12 +192,17 @@ class SavingTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         with self._unless_together():
-            if not self.is_deepspeed_enabled:
-                super()._save_optimizer_and_scheduler(output_dir)
-                return
             # Not as Trainer does it: each save would hold the frozen weights again.
             engine: Any = self.model_wrapped
-            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.is_deepspeed_enabled:
+                engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            elif self.is_fsdp_enabled:
+                save_trained(engine, Path(output_dir) / FSDP_SHARES)
+                plugin = self.accelerator.state.fsdp_plugin
+                save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, engine, output_dir)
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
+                return
             scheduler: Any = self.lr_scheduler
             if self.args.should_save and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
                 torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
@@ -229,8 +236,7 @@ class SavingTrainer(Trainer):
         """Put a checkpoint's tensors into the model that is already built and tuned."""
         target: Any = self.model if model is None else model
         if self.is_fsdp_enabled:  # by shares, as they were written
-            plugin = self.accelerator.state.fsdp_plugin
-            load_fsdp_model(plugin, self.accelerator, target, resume_from_checkpoint)
+            load_trained(target, Path(resume_from_checkpoint) / FSDP_SHARES)
             return
         restore(target, Path(resume_from_checkpoint))
 

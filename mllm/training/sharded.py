@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dist_cp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -71,6 +78,22 @@ def full_state(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
             del full
         state[name] = whole[key]
     return state if keep else {}
+
+
+def save_trained(model: torch.nn.Module, folder: Path) -> None:
+    """Write what is trained of a model under FSDP2, each rank its share."""
+    dist_cp.save({"model": _trained_state(model)}, checkpoint_id=folder)
+
+
+def load_trained(model: torch.nn.Module, folder: Path) -> None:
+    """Take over what `save_trained` wrote, be it on other ranks; a tensor that is not there is an error."""
+    state = {"model": _trained_state(model)}
+    dist_cp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))  # the others stay
+
+
+def _trained_state(model: torch.nn.Module) -> dict[str, Any]:
+    return get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
 
 
 def own_storage(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

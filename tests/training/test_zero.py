@@ -12,11 +12,13 @@ import torch
 from launched import DS_CONFIGS, launch_runs
 from runs import TUNINGS, make_world, run_config, write_rows
 from tiny_recipes import TinyWorld
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainerCallback
 
 import mllm
 from mllm.config import RunConfig, SourceSection
 from mllm.training.metrics import read_metrics
+from mllm.training.saving import FSDP_SHARES
 from mllm.training.train import train
 
 pytest.importorskip("deepspeed")
@@ -289,6 +291,14 @@ def test_a_run_goes_on(steps: Any, kind: str) -> None:
     whole, parts = losses(folder / f"{kind}-whole"), losses(folder / f"{kind}-cut")
     assert parts == whole
     assert len(whole) == 4
+
+
+def test_shares_are_of_what_is_trained(steps: Any) -> None:
+    """Else each save of an adapter would hold its base again; of ZeRO, `test_resume.py` looks at it."""
+    shares = steps[0] / "fsdp-whole" / "checkpoint-2" / FSDP_SHARES
+    names = FileSystemReader(shares).read_metadata().state_dict_metadata
+    assert any(name.startswith("model.language_model.") for name in names)
+    assert not any(name.startswith("model.vision_encoder.") for name in names)
 
 
 def test_a_base_in_4_bit_under_deepspeed(steps: Any) -> None:
