@@ -26,11 +26,11 @@ def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ConfigError: no list of as many modules as the configuration has layers.
     """
-    depth = language_model.config.num_hidden_layers
+    depth = getattr(language_model.config, "num_hidden_layers", None)  # Fuyu and others hold a whole model
     for module in language_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ConfigError(f"{type(language_model).__name__} has no list of {depth} layers to attach to")
+    raise ConfigError(f"{type(language_model).__name__} has no list of its layers ({depth}) to attach to")
 
 
 def weights_in(parameter: Tensor) -> int:

@@ -8,7 +8,14 @@ import torch
 from conftest import MORE_TEXT_CONFIGS, TEXT_CONFIGS, make_language_model, make_model
 from runs import make_rows
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MixtralConfig, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FuyuConfig,
+    Gemma2Config,
+    MixtralConfig,
+    Qwen2MoeConfig,
+)
 
 from mllm.data.collator import Collator
 from mllm.data.tokens import IGNORE
@@ -71,6 +78,10 @@ def test_what_is_left_out_is_read_by_no_loss(config: Any) -> None:
 def test_experts_see_all_positions(config: Any) -> None:
     """Their router may balance over them."""
     assert label_feed_forward(AutoModelForCausalLM.from_config(config)) is None
+
+
+def test_a_model_without_a_list_of_its_layers_is_let_be() -> None:
+    assert label_feed_forward(AutoModelForCausalLM.from_config(FuyuConfig(text_config={**SMALL}))) is None
 
 
 def test_learned_tokens_in_front_are_counted_by_no_label() -> None:
