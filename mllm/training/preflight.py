@@ -30,6 +30,8 @@ from mllm.training.longest import LongestFirst
 from mllm.training.memory import way_of_run
 from mllm.training.outline import outline
 from mllm.training.preflight_report import Check, Report, data_line, over_ranks, table
+from mllm.training.resume import find_checkpoint
+from mllm.training.snapshots import complete_snapshots
 from mllm.training.train import train
 from mllm.training.validation import open_validation
 
@@ -56,6 +58,11 @@ class Marks(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The rehearsal is over, and the rows of the first step are here."""
+        self.at["ready"] = time.perf_counter()
+        raise StoppedBeforeStepOneError
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A finished run was resumed: no step is left."""
         self.at["ready"] = time.perf_counter()
         raise StoppedBeforeStepOneError
 
@@ -119,10 +126,18 @@ def _aside(config: RunConfig, longest_is_tried: bool) -> RunConfig:
     """The run as it is started here: in a folder of its own, and with nothing reported.
 
     A tracker would show a run that never was. With pixels in place of kept features it needs as much memory,
-    or a little more.
+    or a little more. A run that will be resumed is resumed here, and its checkpoints have their room already.
     """
-    folder = Path(config.train.output_dir) / "preflight"
-    options = config.train.model_copy(update={"output_dir": str(folder), "resume": False, "report_to": []})
+    output_dir = Path(config.train.output_dir)
+    resumed = find_checkpoint(output_dir, config.train.resume)
+    limit, there = config.train.save_total_limit, len(complete_snapshots(output_dir))
+    changes: dict[str, Any] = {
+        "output_dir": str(output_dir / "preflight"),
+        "resume": False if resumed is None else str(resumed),
+        "save_total_limit": limit if limit is None else max(0, limit - there),
+        "report_to": [],
+    }
+    options = config.train.model_copy(update=changes)
     tried = config.data.longest_first and not longest_is_tried
     data = config.data.model_copy(update={"longest_first": tried, "feature_cache": False})
     return config.model_copy(update={"train": options, "data": data})

@@ -35,7 +35,7 @@ def last_checkpoint(output_dir: str | Path, resume: bool | str, record: Mapping[
         ConfigError: there is no such checkpoint, or this run would not go on as it did: other rows, another
             order, another global batch, other settings of the optimiser, or an optimiser divided otherwise.
     """
-    found = _find(Path(output_dir), resume)
+    found = find_checkpoint(output_dir, resume)
     if found is None:
         return None
     saved = read_manifest(found)
@@ -74,11 +74,12 @@ class AsOftenAsSaid(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-def _find(output_dir: Path, resume: bool | str) -> Path | None:
+def find_checkpoint(output_dir: str | Path, resume: bool | str) -> Path | None:
+    """The checkpoint that `last_checkpoint` looks at, with its arguments and errors."""
     if not resume:
         return None
     if resume is True or resume == "auto":
-        return next(reversed(complete_snapshots(output_dir)), None)
+        return next(reversed(complete_snapshots(Path(output_dir))), None)
     if (reason := fault(Path(resume))) is not None:
         raise ConfigError(f"train.resume: {resume!r} is no complete training checkpoint: {reason}")
     return Path(resume)

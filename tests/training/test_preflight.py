@@ -169,6 +169,28 @@ def test_nothing_is_reported(world: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert "train.report_to" in report.checks[1].detail
 
 
+def test_a_run_that_will_be_resumed_is_resumed(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is left of its steps, beside the checkpoints that it has; also where no step is left."""
+    options: dict[str, Any] = {"save_steps": 1, "save_total_limit": 2}
+    train(run_config(world, tmp_path / "run", TUNINGS["connector"], max_steps=3, **options))
+    needed = []
+
+    def room(trainer: Any, folder: Path) -> None:
+        needed.append((trainer.state.global_step, trainer.limit))
+
+    monkeypatch.setattr("mllm.training.rehearsal._check_disk", room)
+    for steps in (4, 3):
+        options |= {"max_steps": steps, "resume": "auto"}
+        report = preflight(run_config(world, tmp_path / "run", TUNINGS["connector"], **options), show=False)
+        assert report.passed, report
+    assert needed == [(3, 0), (3, 0)]
+    options["learning_rate"] = 5e-4
+    report = preflight(run_config(world, tmp_path / "run", TUNINGS["connector"], **options), show=False)
+    assert "was trained with train.learning_rate=0.001, this run has 0.0005" in report.checks[1].detail
+
+
 def test_faults_of_data_and_memory_are_told_together(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
