@@ -255,18 +255,24 @@ def test_what_would_silently_differ_is_refused(
 
 
 def test_what_it_stands_on_must_be_what_it_was(world: Path, tmp_path: Path) -> None:
-    """A base model that was written anew, and an earlier stage that was trained again."""
+    """An earlier stage that was trained again, a connector taken over from it, a base model written anew."""
     parts = shutil.copytree(world, tmp_path / "world")
     first = config(parts, tmp_path / "first", CONNECTOR, max_steps=1, save_steps=1)
     train(first)
     options: dict[str, Any] = {"max_steps": 1, "save_steps": 1}
     second = run_config(parts, tmp_path / "second", LORA, {"init_from": str(tmp_path / "first")}, **options)
     train(second)
+    model = {**first.model.model_dump(exclude_unset=True), "connector_from": str(tmp_path / "first")}
+    third = run_config(parts, tmp_path / "third", ("frozen", "frozen", "lora"), model, **options)
+    train(third)
     first = config(parts, tmp_path / "first", CONNECTOR, max_steps=2, save_steps=1, resume="auto")
     train(first)
-    resumed = second.train.model_copy(update={"resume": "auto"})
-    with pytest.raises(CheckpointError, match=r"first, which it started from, has changed since; put back"):
-        train(second.model_copy(update={"train": resumed}))
+    for run in (second, third):
+        again = run.train.model_copy(update={"resume": "auto"})
+        with pytest.raises(
+            CheckpointError, match=r"first, which it started from, has changed since; put back"
+        ):
+            train(run.model_copy(update={"train": again}))
     base = parts / "language" / "model.safetensors"
     save_file({name: 2 * x for name, x in load_file(base).items()}, base, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"base of its language model, .*language, has changed since"):
