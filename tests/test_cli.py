@@ -409,3 +409,21 @@ def test_a_chat_session_with_commands(checkpoint: Path, tmp_path: Path) -> None:
     assert ids[: len(opened)] == opened
     chat_loop(session, Console(file=screen), ["/clear", "/quit", "never asked"])
     assert session.messages == []
+
+
+def test_training_needs_no_deepspeed() -> None:
+    """The quickstart's installation has none, and accelerate then lacks what is about it."""
+    code = """
+import importlib.metadata as metadata
+known = metadata.metadata
+def hiding(name):
+    if name == "deepspeed":
+        raise metadata.PackageNotFoundError(name)
+    return known(name)
+metadata.metadata = hiding
+import mllm.quickstart.run, mllm.training.preflight
+from accelerate.utils import is_deepspeed_available
+assert not is_deepspeed_available()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

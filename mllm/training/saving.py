@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object, save_fsdp_optimizer, set_seed
+from accelerate.utils import gather_object, save_fsdp_optimizer, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from transformers import ProcessorMixin, Trainer
@@ -204,8 +204,16 @@ class SavingTrainer(Trainer):
                 super()._save_optimizer_and_scheduler(output_dir)
                 return
             scheduler: Any = self.lr_scheduler
-            if self.args.should_save and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
+            if self.args.should_save and not self._engine_has_scheduler():
                 torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _engine_has_scheduler(self) -> bool:
+        """Whether DeepSpeed's file names a scheduler, which it then saves itself."""
+        if not self.is_deepspeed_enabled:
+            return False
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # only there where DeepSpeed is
+
+        return isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every rank writes; what follows is rank 0's."""
