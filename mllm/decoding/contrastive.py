@@ -35,6 +35,7 @@ class Vcd(Decoder):
     refuses: ClassVar[Mapping[str, str]] = {
         "inputs_embeds": "the image in it can no longer be noised; pass input_ids and pixel_values",
         "past_key_values": "it holds the clean branch only; pass the whole prompt",
+        "cache": "it holds the clean branch only; pass the whole prompt",
         "mm_encoder_outputs": "the image in it can no longer be noised; pass pixel_values",
         "guidance_scale": "it is a second contrast with a cache of its own",
         "prefill_chunk_size": "both branches are prefilled in one forward",

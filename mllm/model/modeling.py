@@ -314,7 +314,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             attention_mask: [B, S] (with a cache: [B, past + S]), 0 at padding, on either side.
             position_ids: [B, S]; counted along the attention mask when not given, so that left padding
                 does not move a row.
-            past_key_values: the language model's cache.
+            past_key_values: the language model's cache; also taken as `cache`.
             inputs_embeds: [B, S, Dt] in place of `input_ids` and `pixel_values`.
             labels: [B, S], -100 where masked; shifted inside. Of an encoder-decoder, [B, T]: the answers.
                 In training mode, and with `num_items_in_batch`, the logits are then [1, n, V], those of the n
@@ -337,6 +337,7 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
             **kwargs: passed on; `num_items_in_batch` normalises the loss over the global batch.
         """
         num_items = kwargs.pop("num_items_in_batch", None)
+        past_key_values = kwargs.pop("cache", past_key_values)  # as transformers calls it from 5.24 on
         # First: to find the labels, one has to wait for what the device is doing.
         targets, at_labels = self._targets(
             labels,

@@ -200,11 +200,13 @@ def test_a_mask_that_does_not_fit_the_cache_is_refused(kind: str) -> None:
     model(input_ids=ids[:, :4], attention_mask=torch.ones(1, 13), past_key_values=cache)
 
 
-def test_an_empty_cache_of_the_caller_is_used() -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_an_empty_cache_of_the_caller_is_used(name: str) -> None:
+    """By its name up to transformers 5.23, and by that from 5.24 on, which its `generate` uses."""
     model, _ = tuned("prefix")
     cache = DynamicCache(config=model.language_model.config)
     ids = torch.randint(3, 200, (1, 9))
-    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **{name: cache})
     assert output.past_key_values is cache
     assert cache.get_seq_length() == 9 + 3
 
