@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,10 +253,9 @@ class MllmForConditionalGeneration(PartedModel, ImageGenerationMixin):
 
     @contextmanager
     def _only_at(self, places: torch.Tensor, positions: int, hidden_states: bool) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(head_only_at(self.get_output_embeddings(), places))
-            if self.label_feed_forward is not None and not hidden_states:
-                stack.enter_context(self.label_feed_forward.only_at(places, positions))
+        last = None if hidden_states else self.label_feed_forward
+        spared = nullcontext() if last is None else last.only_at(places, positions)
+        with head_only_at(self.get_output_embeddings(), places), spared:
             yield
 
     def _mask_and_positions(

@@ -120,9 +120,8 @@ def step_flops(model: Any, encodes: bool = True) -> StepFlops:
     weights = language_model.num_parameters(exclude_embeddings=True) - of_head
     trained = language_model.num_parameters(only_trainable=True, exclude_embeddings=True)
     trained -= of_head if head.requires_grad else 0
-    last = model.label_feed_forward
-    at_labels = _count(last.module) if last is not None else 0
-    learnt = _count(last.module, trainable=True) if last is not None else 0
+    last = model.label_feed_forward.module if model.label_feed_forward else torch.nn.Identity()
+    at_labels, learnt = _count(last), _count(last, trainable=True)
     seen = model.config.num_patches + model.config.num_prefix_tokens
     trains_vision = any(p.requires_grad for p in vision.parameters())
     of_vision = linear_flops(seen * _count(vision), trains_vision, trains_vision)
